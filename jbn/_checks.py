@@ -1,0 +1,207 @@
+"""Static validation: what is wrong with a call is said while it is traced, in four parts.
+
+The builder `error` makes every text: which argument of which call, what came, what was expected, how to
+mend it. A layer adds its own name and path once, around the call into the core.
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jbn._types import Axes, AxisIndexGroups, Dtype, X, describe, output
+
+
+_RIGHT_SIZE = "Pass jbn.init(features) for as many features as x has, or set axis to x's feature axis."
+
+
+class ArgumentError(ValueError):
+    """An argument that jbn cannot work with."""
+
+
+class UnboundAxisError(ArgumentError, NameError):
+    """An `axis_name` that nothing around the call binds; JAX and Flax raise `NameError` for it."""
+
+
+def error(
+    call: str, argument: str, got: str, expected: str, fix: str, kind: type[ArgumentError] = ArgumentError
+) -> ArgumentError:
+    """The one builder of error texts."""
+    return kind(f"jbn.{call}: {argument} is {got}, but {expected} is needed. {fix}")
+
+
+def check_x(call: str, x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
+    """x as an array of numbers, and the axes to reduce: all that are not feature axes."""
+    x = jnp.asarray(x)
+    if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool) or x.ndim == 0:
+        raise error(call, "x", describe(x), "an array of numbers with at least one axis", "Convert it first.")
+    given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    try:
+        features = {operator.index(a) % x.ndim for a in given if -x.ndim <= operator.index(a) < x.ndim}
+    except TypeError:
+        features = set()
+    if not given or len(features) != len(given):
+        raise error(
+            call,
+            "axis",
+            repr(axis),
+            f"one or several different axes of x = {describe(x)}",
+            "Name the feature axes: -1 for NHWC, 1 for NCHW.",
+        )
+    return x, tuple(a for a in range(x.ndim) if a not in features)
+
+
+def check_entries(call: str, argument: str, given: Any, allowed: Sequence[str]) -> None:
+    """A mapping of one layer's arrays, not of a whole model."""
+    if not isinstance(given, Mapping):
+        raise error(call, argument, describe(given), f"a mapping with {', '.join(allowed)}", "See jbn.init.")
+    if unknown := sorted(str(key) for key in given if key not in allowed):
+        raise error(
+            call,
+            argument,
+            f"a mapping with {', '.join(unknown)}",
+            f"no entry but {', '.join(allowed)}",
+            "Pass the collection of one layer, for example variables['params']['BatchNorm_0'].",
+        )
+
+
+def check_param(call: str, argument: str, value: Array, x: X, axes: tuple[int, ...]) -> None:
+    """A scale or bias: one value per channel, or of x's rank and broadcastable to x."""
+    shape, features = jnp.shape(value), feature_shape(x, axes)
+    if shape != features and not (len(shape) == x.ndim and fits(shape, x.shape)):
+        raise error(
+            call,
+            argument,
+            describe(value),
+            f"shape {features}, or one of {x.ndim} axes that broadcasts to x = {describe(x)},",
+            _RIGHT_SIZE,
+        )
+
+
+def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> None:
+    """mean and var, one value per channel, perhaps with count and rows; a complex mean for complex x."""
+    check_entries(call, "batch_stats", stats, ("mean", "var", "count", "rows"))
+    if not {"mean", "var"} <= set(stats):
+        raise error(call, "batch_stats", f"a mapping with {', '.join(stats)}", "mean and var", _RIGHT_SIZE)
+    for name, value in stats.items():
+        shape = () if name == "count" else feature_shape(x, axes)
+        if jnp.shape(value) != shape:
+            raise error(call, f"batch_stats[{name!r}]", describe(value), f"shape {shape}", _RIGHT_SIZE)
+    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(stats["mean"]):
+        raise error(
+            call,
+            "batch_stats['mean']",
+            describe(stats["mean"]),
+            f"a complex dtype for x = {describe(x)}",
+            "Cast it: mean.astype(jnp.complex64).",
+        )
+
+
+def check_settings(call: str, momentum: Any, epsilon: Any, dtype: Dtype | None, inputs: Sequence[Any]) -> None:
+    """momentum, epsilon, and a dtype of y that can hold what is computed from the inputs x, scale, bias."""
+    check_momentum(call, momentum)
+    if not isinstance(epsilon, (int, float, np.number)) or not 0.0 <= epsilon < float("inf"):
+        raise error(call, "epsilon", describe(epsilon), "a static number from 0 up", "The usual one is 1e-5.")
+    is_complex = any(jnp.iscomplexobj(value) for value in inputs if value is not None)
+    kind = "complex" if is_complex else "floating"
+    result = output(inputs[0], dtype)
+    if not jnp.issubdtype(result, jnp.complexfloating if is_complex else jnp.inexact):
+        raise error(call, "dtype", str(result), f"a {kind} dtype", "Convert y afterwards if that is meant.")
+
+
+def check_momentum(call: str, momentum: Any) -> None:
+    """The share of the old statistics, static or a scalar array."""
+    if isinstance(momentum, jax.Array):
+        good = momentum.shape == () and jnp.issubdtype(momentum.dtype, jnp.floating)
+    else:
+        good = isinstance(momentum, (int, float, np.number)) and 0.0 <= momentum <= 1.0
+    if not good:
+        raise error(
+            call,
+            "momentum",
+            describe(momentum),
+            "a number from 0 to 1, or a scalar array,",
+            "It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
+        )
+
+
+def check_flag(call: str, flag: Any) -> bool | Array:
+    """use_running_average as a bool, or as a scalar array if it is traced."""
+    if isinstance(flag, (bool, np.bool_)):
+        return bool(flag)
+    if describe(flag) != "bool[]":
+        raise error(
+            call,
+            "use_running_average",
+            describe(flag),
+            "True (evaluation) or False (training)",
+            "Pass a bool, or a bool array of shape ().",
+        )
+    return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
+
+
+def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
+    """The mask with x's rank: aligned with the leading ones of the non-feature `axes` if it has fewer axes."""
+    mask = jnp.asarray(mask)
+    if not jnp.issubdtype(mask.dtype, jnp.floating) and not jnp.issubdtype(mask.dtype, jnp.integer):
+        if mask.dtype != bool:
+            raise error(call, "mask", describe(mask), "a bool or float dtype", "Compare it: mask > 0.")
+    if mask.ndim == x.ndim and fits(mask.shape, x.shape):
+        return mask
+    leading = axes[: mask.ndim]
+    if mask.ndim < x.ndim and mask.shape == tuple(x.shape[a] for a in leading):
+        return jnp.expand_dims(mask, tuple(a for a in range(x.ndim) if a not in leading))
+    raise error(
+        call,
+        "mask",
+        f"{describe(mask)} for x = {describe(x)}",
+        f"a shape that broadcasts to {x.shape} and has as many axes, or a leading part of "
+        f"{tuple(x.shape[a] for a in axes)},",
+        "True marks what takes part: mask = jnp.arange(x.shape[0]) < number_of_examples.",
+    )
+
+
+def check_several(call: str, x: X, axes: tuple[int, ...]) -> None:
+    """More than one value per channel, where that is known before anything runs."""
+    if all(x.shape[axis] == 1 for axis in axes):
+        raise error(
+            call,
+            "x",
+            f"{describe(x)}, one value per channel",
+            "a batch of at least two values per channel in training",
+            "A single value has no variance and would turn into bias: use a larger batch, "
+            "use_running_average=True, or axis_name to normalize over several devices.",
+        )
+
+
+def check_groups(call: str, groups: AxisIndexGroups | None, axis_name: Any) -> tuple[tuple[int, ...], ...] | None:
+    """axis_index_groups as hashable tuples; they divide a named axis."""
+    if groups is None:
+        return None
+    try:
+        fixed = tuple(tuple(operator.index(i) for i in group) for group in groups)
+    except TypeError:
+        fixed = ()
+    if axis_name is None or not fixed or len({len(group) for group in fixed}) != 1:
+        raise error(
+            call,
+            "axis_index_groups",
+            f"{groups!r} with axis_name={axis_name!r}",
+            "groups of equal size of the indices of a named axis",
+            "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
+        )
+    return fixed
+
+
+def feature_shape(x: X, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of the axes that are not reduced: [C]."""
+    return tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+
+
+def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether each axis is 1 or the target's: a broadcast that adds nothing to the target."""
+    return all(size in (1, wanted) for size, wanted in zip(shape, target, strict=True))

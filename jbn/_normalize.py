@@ -1,0 +1,151 @@
+"""The normalization itself, and its one derivative rule.
+
+Everything here works on arrays of x's rank: statistics and parameters are 1 along the reduced axes.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from jbn._moments import Measured, Reduction, centre, expectations, measure, used
+from jbn._types import X, working
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """What is static about a normalization."""
+
+    reduction: Reduction
+    epsilon: float
+    dtype: np.dtype
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def normalize(
+    config: Normalization, x: X, weights: Array | None, scale: Array | None, bias: Array | None
+) -> tuple[Array, Measured]:
+    """y = scale * (x - mean) / sqrt(var + epsilon) + bias by the moments of the batch, and those moments.
+
+    The offset from the mean is `(x - shift) - rest`: rounding the mean to one float32 would cost half an ulp
+    of the mean in y, 5e-4 at N(1e4, 1).
+
+    Entries that take no part come out normalized like the others, as constants: no gradient enters or
+    leaves through them. If they hold NaN or inf they count as 0, so that y is finite.
+    """
+    measured = measure(x, weights, config.reduction)
+    offset = (_settled(x, weights).astype(measured.shift.dtype) - measured.shift) - measured.rest
+    return affine(offset, measured.var, scale, bias, config), measured
+
+
+@normalize.defjvp
+def _normalize_jvp(
+    config: Normalization, primals: tuple[Array | None, ...], tangents: tuple[Array | None, ...]
+) -> tuple[tuple[Array, Measured], tuple[Array, Measured]]:
+    """The one rule; forward mode, reverse mode and all orders come from it, collectives included.
+
+        y_dot = a x_dot + (bias_dot - a E[x_dot]) + (x - mean) (r scale_dot - a r^2 E[(x - mean) x_dot])
+        with r = 1 / sqrt(var + epsilon) and a = scale r
+
+    - Both expectations travel in one collective. Transposed, they are the two reductions of the backward
+      pass, and again one collective.
+    - The tangent is a checkpoint, so that the backward pass keeps x in its own dtype and per-channel
+      vectors, and computes x - mean again. Nothing could be shared with the forward pass that XLA would not
+      have to store, so there is nothing to prevent it from sharing.
+    - The moments have tangents too. Their first use is the second derivative: this rule, differentiated,
+      asks how they move with x.
+    """
+    x, weights, scale, bias = primals
+    x_dot, _, scale_dot, bias_dot = tangents
+    y, measured = normalize(config, x, weights, scale, bias)
+    tangent = jax.checkpoint(functools.partial(_tangent, config), prevent_cse=False)
+    y_dot, mean_dot, var_dot = tangent(x, weights, scale, measured, x_dot, scale_dot, bias_dot)
+    still = jax.tree.map(jnp.zeros_like, measured)
+    return (y, measured), (y_dot, still._replace(rest=mean_dot, var=var_dot))
+
+
+def _tangent(
+    config: Normalization,
+    x: X,
+    weights: Array | None,
+    scale: Array | None,
+    measured: Measured,
+    x_dot: Array,
+    scale_dot: Array | None,
+    bias_dot: Array | None,
+) -> tuple[Array, Array, Array]:
+    offset = _zeroed(centre(x, measured.shift, weights) - measured.rest, weights)
+    x_dot = _zeroed(x_dot.astype(offset.dtype), weights)
+    product = lax.real(lax.conj(offset) * x_dot) if jnp.iscomplexobj(offset) else offset * x_dot
+    mean_dot, half_var_dot = expectations(
+        [x_dot, product.astype(offset.dtype)], weights, measured.count, config.reduction
+    )
+    half_var_dot = half_var_dot.real
+    r = inverse_deviation(measured.var, config.epsilon)
+    kind = _common_dtype(offset, scale, bias_dot)
+    a = r.astype(kind) if scale is None else scale.astype(kind) * r.astype(kind)
+    constant = -a * mean_dot.astype(kind)
+    if bias_dot is not None:
+        constant = bias_dot.astype(kind) + constant
+    slope = -a * (r * r * half_var_dot).astype(kind)
+    if scale_dot is not None:
+        slope = r.astype(kind) * scale_dot.astype(kind) + slope
+    y_dot = a * x_dot.astype(kind) + constant + offset.astype(kind) * slope
+    return _zeroed(y_dot, weights).astype(config.dtype), mean_dot, 2 * half_var_dot
+
+
+def normalize_by(
+    config: Normalization,
+    x: X,
+    weights: Array | None,
+    mean: Array,
+    var: Array,
+    scale: Array | None,
+    bias: Array | None,
+) -> Array:
+    """y by given statistics: one pass, no reduction, differentiable in all arguments."""
+    offset = _settled(x, weights).astype(working(x)) - mean.astype(working(x))
+    y = affine(offset, var.astype(offset.real.dtype), scale, bias, config)
+    return y if weights is None else jnp.where(used(weights), y, lax.stop_gradient(y))
+
+
+def affine(
+    offset: Array, var: Float[Array, "..."], scale: Array | None, bias: Array | None, config: Normalization
+) -> Array:
+    """scale * offset / sqrt(var + epsilon) + bias, with one factor per channel."""
+    kind = _common_dtype(offset, scale, bias)
+    factor = inverse_deviation(var, config.epsilon).astype(kind)
+    if scale is not None:
+        factor = factor * scale.astype(kind)
+    y = offset.astype(kind) * factor
+    return (y if bias is None else y + bias.astype(kind)).astype(config.dtype)
+
+
+def inverse_deviation(var: Float[Array, "..."], epsilon: float) -> Float[Array, "..."]:
+    """1 / sqrt(var + epsilon), and 0 where both are 0: a constant channel then turns into bias, not NaN."""
+    square = var + np.asarray(epsilon, var.dtype)
+    positive = square != 0
+    return jnp.where(positive, lax.rsqrt(jnp.where(positive, square, jnp.ones_like(square))), jnp.zeros_like(var))
+
+
+def _common_dtype(offset: Array, *params: Array | None) -> np.dtype:
+    """That of the offset, complex if a parameter is: parameters of fewer bits never narrow it."""
+    is_complex = any(p is not None and jnp.iscomplexobj(p) for p in params)
+    return np.result_type(offset.dtype, np.complex64) if is_complex else offset.dtype
+
+
+def _zeroed(value: Array, weights: Array | None) -> Array:
+    """0 for entries that take no part."""
+    return value if weights is None else jnp.where(used(weights), value, jnp.zeros_like(value))
+
+
+def _settled(x: X, weights: Array | None) -> X:
+    """x with entries that take no part as finite constants."""
+    if weights is None:
+        return x
+    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+    return jnp.where(used(weights), x, lax.stop_gradient(finite))

@@ -1,0 +1,59 @@
+"""Array aliases, axis types and the one dtype policy of the package.
+
+Everything here is a name for something; nothing computes.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Num
+
+Axes: TypeAlias = int | Sequence[int]
+"""A feature axis, or several; negative ones count from the end."""
+
+AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
+"""A name bound by `vmap`, `pmap` or `shard_map`, or several of them."""
+
+AxisIndexGroups: TypeAlias = Sequence[Sequence[int]]
+"""Which devices of the named axis normalize together."""
+
+Dtype: TypeAlias = Any
+"""Whatever `jnp.dtype` takes."""
+
+Params: TypeAlias = Mapping[str, Array]
+BatchStats: TypeAlias = Mapping[str, Array]
+
+X: TypeAlias = Num[Array, "..."]
+Flag: TypeAlias = bool | Bool[Array, ""]
+
+
+def wide(*dtypes: Dtype) -> np.dtype:
+    """The real dtype in which statistics of arrays of these dtypes are reduced.
+
+    float32, or float64 as soon as one of them carries float64 or complex128: a sum of squares in bfloat16
+    or float16 is off by tens of percent, or overflows. Eight-bit floats, integers and booleans, for which
+    JAX's promotion has no or a surprising answer, get float32 as well.
+    """
+    double = any(jnp.finfo(d).bits == 64 for d in dtypes if jnp.issubdtype(d, jnp.inexact))
+    return np.dtype(np.float64 if double else np.float32)
+
+
+def working(x: X) -> np.dtype:
+    """The dtype in which x is normalized: `wide`, and complex where x is."""
+    real = wide(x.dtype)
+    return np.result_type(real, np.complex64) if jnp.iscomplexobj(x) else real
+
+
+def output(x: X, dtype: Dtype | None) -> np.dtype:
+    """The dtype of y: the one asked for, else that of x, and float32 for integer x."""
+    if dtype is not None:
+        return jnp.dtype(dtype)
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else np.dtype(np.float32)
+
+
+def describe(value: Any) -> str:
+    """How error texts show an argument: `float32[8,3]` for an array, its repr for anything else."""
+    return str(jax.typeof(value)) if hasattr(value, "shape") and hasattr(value, "dtype") else repr(value)
