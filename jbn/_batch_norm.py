@@ -13,7 +13,7 @@ from jbn import _checks
 from jbn._moments import Reduction, to_moments
 from jbn._normalize import Normalization, normalize, normalize_by
 from jbn._running import remember
-from jbn._types import Axes, AxisIndexGroups, AxisName, BatchStats, Dtype, Flag, Params, X, output
+from jbn._types import Axes, AxisIndexGroups, AxisName, BatchStats, Dtype, Flag, Params, X, output, sharded_like
 
 _CALL = "batch_norm"
 
@@ -148,7 +148,7 @@ def batch_norm(
         return y, remember(batch_stats, to_moments(measured, axes), momentum, seen)
 
     def evaluate() -> tuple[Array, BatchStats]:
-        mean, var = (jnp.expand_dims(batch_stats[name], axes) for name in ("mean", "var"))
+        mean, var = (sharded_like(jnp.expand_dims(batch_stats[name], axes), x) for name in ("mean", "var"))
         return normalize_by(config, x, weights, mean, var, scale, bias), batch_stats
 
     if batch_stats is not None:
@@ -172,5 +172,6 @@ def _expanded_params(
     _checks.check_entries(_CALL, "params", params, ("scale", "bias"))
     for name, value in params.items():
         _checks.check_param(_CALL, f"params[{name!r}]", value, x, axes)
-    wide = {name: v if jnp.ndim(v) == x.ndim else jnp.expand_dims(v, axes) for name, v in params.items()}
-    return wide.get("scale"), wide.get("bias")
+    full = {name: v if jnp.ndim(v) == x.ndim else jnp.expand_dims(v, axes) for name, v in params.items()}
+    scale, bias = (sharded_like(full[name], x) if name in full else None for name in ("scale", "bias"))
+    return scale, bias

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jbn._types import Axes, AxisIndexGroups, Dtype, X, describe, output
+from jbn._types import Axes, AxisIndexGroups, Dtype, X, describe, output, sharded_like
 
 
 _RIGHT_SIZE = "Pass jbn.init(features) for as many features as x has, or set axis to x's feature axis."
@@ -151,10 +151,10 @@ def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
         if mask.dtype != bool:
             raise error(call, "mask", describe(mask), "a bool or float dtype", "Compare it: mask > 0.")
     if mask.ndim == x.ndim and fits(mask.shape, x.shape):
-        return mask
+        return sharded_like(mask, x)
     leading = axes[: mask.ndim]
     if mask.ndim < x.ndim and mask.shape == tuple(x.shape[a] for a in leading):
-        return jnp.expand_dims(mask, tuple(a for a in range(x.ndim) if a not in leading))
+        return sharded_like(jnp.expand_dims(mask, tuple(a for a in range(x.ndim) if a not in leading)), x)
     raise error(
         call,
         "mask",

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
 from jbn._checks import UnboundAxisError, check_groups, check_mask, check_x, error
-from jbn._types import Axes, AxisIndexGroups, AxisName, X, wide
+from jbn._types import Axes, AxisIndexGroups, AxisName, X, spec, wide
 
 # The rows whose mean is the shift. One row would do, but then (shift - mean)^2 is of the size of the
 # variance, in the worst of many channels ten times it, and as many times larger is the error of
@@ -201,17 +201,11 @@ def _shift(x: X, weights: Array | None, axes: tuple[int, ...]) -> Array:
 def _first_rows(x: X, axes: tuple[int, ...]) -> X:
     """As many leading examples as hold `_SHIFT_ROWS` rows, cut before any conversion of dtype."""
     example, *others = axes if axes else (None,)
-    if example is None or _is_sharded(x, example):
+    if example is None or spec(x)[example] is not None:
         return x
     rows_per_example = int(np.prod([x.shape[axis] for axis in others]))
     examples = min(x.shape[example], -(-_SHIFT_ROWS // rows_per_example))
     return lax.slice_in_dim(x, 0, examples, axis=example)
-
-
-def _is_sharded(x: X, axis: int) -> bool:
-    """Whether the axis is sharded over explicit mesh axes, the only ones that show while tracing."""
-    spec = jax.typeof(x).sharding.spec
-    return axis < len(spec) and spec[axis] is not None
 
 
 def _counts(x: X, weights: Array | None, axes: tuple[int, ...], dtype: np.dtype) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool
 
 from jbn._checks import check_batch_stats, check_momentum
 from jbn._moments import Moments
-from jbn._types import BatchStats
+from jbn._types import BatchStats, sharded_like
 
 def update(batch_stats: BatchStats, moments: Moments, *, momentum: float | Array = 0.99) -> BatchStats:
     """Running statistics after a batch with these moments.
@@ -53,6 +53,7 @@ def remember(
         old = old.astype(dtype)
         return jnp.where(seen, keep * old + forget * batch.astype(dtype), old)
 
+    moments, seen = jax.tree.map(lambda part: sharded_like(part, batch_stats["mean"]), (moments, seen))
     new = {name: average(batch_stats[name], getattr(moments, name)) for name in ("mean", "var")}
     if "rows" in batch_stats:
         new["rows"] = batch_stats["rows"] + jnp.where(seen, moments.count, jnp.zeros_like(moments.count))

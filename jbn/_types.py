@@ -54,6 +54,21 @@ def output(x: X, dtype: Dtype | None) -> np.dtype:
     return x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else np.dtype(np.float32)
 
 
+def spec(x: X) -> tuple[Any, ...]:
+    """Per axis of x, the explicit mesh axes it is sharded over, or None: all that shows while tracing."""
+    known = tuple(jax.typeof(x).sharding.spec)
+    return known + (None,) * (x.ndim - len(known))
+
+
+def sharded_like(value: Array, x: X) -> Array:
+    """The value, of x's rank and 1 or x's size along each axis, sharded as x is.
+
+    Under explicit mesh axes JAX refuses to combine differently sharded arrays; elsewhere this does nothing.
+    """
+    wanted = tuple(None if size == 1 else axes for size, axes in zip(value.shape, spec(x), strict=True))
+    return value if spec(value) == wanted else jax.sharding.reshard(value, jax.sharding.PartitionSpec(*wanted))
+
+
 def describe(value: Any) -> str:
     """How error texts show an argument: `float32[8,3]` for an array, its repr for anything else."""
     return str(jax.typeof(value)) if hasattr(value, "shape") and hasattr(value, "dtype") else repr(value)
