@@ -1,0 +1,22 @@
+"""The strictest JAX there is, on 8 simulated devices; set before anything makes an array."""
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices():
+    """A test of many devices on one device would pass and prove nothing."""
+    assert jax.device_count() == 8
+
+
+@pytest.fixture
+def x64():
+    """float64 for the duration of a test: the precision in which derivatives are compared."""
+    with jax.enable_x64(True):
+        yield
