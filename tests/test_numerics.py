@@ -1,0 +1,110 @@
+"""The accuracy that is promised, on one device: worst channel, float32 input, against float64.
+
+`test_devices.py` holds the same table for eight.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+import jbn
+from tests import reference
+from tests.cases import tolerance
+
+SHAPES = {"dense": (8192, 256), "image": (32, 14, 14, 64), "few rows": (16, 256)}
+
+
+def errors(x, batch_stats, **settings):
+    """Largest relative error of the variance, and largest error of y, over all channels."""
+    step = jax.jit(lambda x: jbn.batch_norm(None, batch_stats, x, use_running_average=False, momentum=0.0, **settings))
+    y, new = step(x)
+    stats = reference.statistics(x, -1)
+    expected = reference.normalize(x, -1, None, None, 1e-5)
+    var = np.abs(np.asarray(new["var"], np.float64) / stats.var.reshape(-1) - 1)
+    assert np.isfinite(y).all()
+    return var.max(), np.abs(np.asarray(y, np.float64) - expected).max()
+
+
+def normal(shape, location, spread=1.0):
+    return (np.random.default_rng(0).standard_normal(shape) * spread + location).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_standard_normal(shape):
+    var, y = errors(normal(shape, 0), jbn.init(shape[-1])[1])
+    assert var < 1e-6
+    assert y < 2e-6
+
+
+@pytest.mark.parametrize("location", [1e3, 1e4, -1e4])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_far_from_zero_at_the_first_step(shape, location):
+    """Where E[x^2] - E[x]^2 says 16 or 0. Better than the 1e-5 and 1e-4 of the design."""
+    var, y = errors(normal(shape, location), jbn.init(shape[-1])[1])
+    assert var < 1e-6
+    assert y < 2e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_far_from_zero_with_converged_statistics(shape):
+    x = normal(shape, 1e4)
+    batch_stats = {"mean": np.full(shape[-1], 1e4, np.float32), "var": np.ones(shape[-1], np.float32)}
+    var, y = errors(x, batch_stats)
+    assert var < 1e-6
+    assert y < 2e-6
+
+
+def test_far_from_zero_under_a_mask():
+    var, y = errors(normal((1024, 64), 1e4), jbn.init(64)[1], mask=np.ones(1024, bool))
+    assert var < 1e-6
+    assert y < 2e-6
+
+
+def test_a_first_example_far_out_costs_no_more_than_its_share():
+    """The shift is taken from the first rows. With n of N rows far out, the error grows by N / n at most."""
+    x = normal((8192, 64), 0)
+    x[:32] += 1e5
+    var, _ = errors(x, jbn.init(64)[1])
+    assert var < 8192 / 32 * tolerance(np.float32)
+
+
+@pytest.mark.parametrize("value", [0.0, 3141.5927, 1e4 / 3, -0.1, 1e-20, 1e30])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(64, 3), (7, 5, 5, 3)])
+def test_a_constant_channel_is_exactly_bias(shape, value, masked):
+    x = np.full(shape, value, np.float32)
+    params = {"scale": np.full(3, 1.7, np.float32), "bias": np.full(3, 0.3, np.float32)}
+    mask = np.arange(shape[0]) % 3 > 0 if masked else None
+    y, new = jbn.batch_norm(params, jbn.init(3)[1], x, use_running_average=False, momentum=0.0, mask=mask)
+    np.testing.assert_array_equal(new["var"], np.zeros(3, np.float32))
+    np.testing.assert_array_equal(new["mean"], np.full(3, value, np.float32))
+    np.testing.assert_array_equal(y, np.full(shape, 0.3, np.float32))
+
+
+def test_a_constant_channel_without_epsilon_is_exactly_bias():
+    y, _ = jbn.batch_norm(None, None, np.full((8, 2), 5, np.float32), use_running_average=False, epsilon=0.0)
+    np.testing.assert_array_equal(y, np.zeros((8, 2), np.float32))
+
+
+def test_the_variance_is_never_negative():
+    for seed in range(50):
+        x = (np.random.default_rng(seed).standard_normal((64, 8)) * 0.1 + 1e4).astype(np.float32)
+        y, new = jbn.batch_norm(None, jbn.init(8)[1], x, use_running_average=False, momentum=0.0)
+        assert np.isfinite(y).all()
+        assert (np.asarray(new["var"]) >= 0).all()
+
+
+def test_the_mean_of_twenty_million_values_is_exact():
+    batch_stats = jbn.init(1)[1]
+    x = np.full((4500 * 4500, 1), -1, np.float32)
+    _, new = jax.jit(lambda x: jbn.batch_norm(None, batch_stats, x, use_running_average=False, momentum=0.0))(x)
+    assert float(new["mean"][0]) == -1.0
+
+
+def test_the_formula_the_article_prints_is_ours_with_scale_over_root_n():
+    """x_hat = (x - mean) / (sigma sqrt(N)), as printed, is no unit deviation; but whoever wants it has it."""
+    x = normal((64, 5), 3.0, 2.0)
+    printed = (x - x.mean(0, dtype=np.float64)) / (x.std(0, dtype=np.float64) * np.sqrt(64))
+    params = {"scale": np.full(5, 1 / np.sqrt(64), np.float32)}
+    y, _ = jbn.batch_norm(params, None, x, use_running_average=False, epsilon=0.0)
+    np.testing.assert_allclose(y, printed, atol=1e-6)
