@@ -136,11 +136,12 @@ def batch_norm(
     weights = None if mask is None else _checks.check_mask(_CALL, mask, x, axes)
     scale, bias = _expanded_params(params, x, axes)
     _checks.check_settings(_CALL, momentum, epsilon, dtype, (x, scale, bias))
-    groups = _checks.check_groups(_CALL, axis_index_groups, axis_name)
+    axis_name, groups = _checks.check_axis_name(_CALL, axis_name, axis_index_groups)
     config = Normalization(Reduction(axes, axis_name, groups), float(epsilon), output(x, dtype))
     flag = _checks.check_flag(_CALL, use_running_average)
 
     def train() -> tuple[Array, BatchStats | None]:
+        _checks.check_bound(_CALL, axis_name)
         y, measured = normalize(config, x, weights, scale, bias)
         if batch_stats is None:
             return y, None

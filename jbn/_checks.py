@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
-from jbn._types import Axes, AxisIndexGroups, Dtype, X, describe, output, sharded_like
+from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, X, describe, output, sharded_like
 
 
 _RIGHT_SIZE = "Pass jbn.init(features) for as many features as x has, or set axis to x's feature axis."
@@ -31,20 +32,20 @@ def error(
     call: str, argument: str, got: str, expected: str, fix: str, kind: type[ArgumentError] = ArgumentError
 ) -> ArgumentError:
     """The one builder of error texts."""
-    return kind(f"jbn.{call}: {argument} is {got}, but {expected} is needed. {fix}")
+    return kind(f"jbn.{call}: {argument} is {got}. Expected {expected}. {fix}")
 
 
 def check_x(call: str, x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
     """x as an array of numbers, and the axes to reduce: all that are not feature axes."""
-    x = jnp.asarray(x)
-    if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool) or x.ndim == 0:
-        raise error(call, "x", describe(x), "an array of numbers with at least one axis", "Convert it first.")
-    given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    given, x = x, as_numbers(x)
+    if x is None or x.ndim == 0:
+        raise error(call, "x", describe(given), "an array of numbers with at least one axis", "Convert it first.")
+    named = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     try:
-        features = {operator.index(a) % x.ndim for a in given if -x.ndim <= operator.index(a) < x.ndim}
+        features = {operator.index(a) % x.ndim for a in named if -x.ndim <= operator.index(a) < x.ndim}
     except TypeError:
         features = set()
-    if not given or len(features) != len(given):
+    if not named or len(features) != len(named):
         raise error(
             call,
             "axis",
@@ -77,7 +78,7 @@ def check_param(call: str, argument: str, value: Array, x: X, axes: tuple[int, .
             call,
             argument,
             describe(value),
-            f"shape {features}, or one of {x.ndim} axes that broadcasts to x = {describe(x)},",
+            f"shape {features}, or one of {x.ndim} axes that broadcasts to x = {describe(x)}",
             _RIGHT_SIZE,
         )
 
@@ -86,7 +87,7 @@ def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> Non
     """mean and var, one value per channel, perhaps with count and rows; a complex mean for complex x."""
     check_entries(call, "batch_stats", stats, ("mean", "var", "count", "rows"))
     if not {"mean", "var"} <= set(stats):
-        raise error(call, "batch_stats", f"a mapping with {', '.join(stats)}", "mean and var", _RIGHT_SIZE)
+        raise error(call, "batch_stats", f"a mapping with {', '.join(stats)}", "mean and var", "See jbn.init.")
     for name, value in stats.items():
         shape = () if name == "count" else feature_shape(x, axes)
         if jnp.shape(value) != shape:
@@ -108,14 +109,17 @@ def check_settings(call: str, momentum: Any, epsilon: Any, dtype: Dtype | None, 
         raise error(call, "epsilon", describe(epsilon), "a static number from 0 up", "The usual one is 1e-5.")
     is_complex = any(jnp.iscomplexobj(value) for value in inputs if value is not None)
     kind = "complex" if is_complex else "floating"
-    result = output(inputs[0], dtype)
-    if not jnp.issubdtype(result, jnp.complexfloating if is_complex else jnp.inexact):
-        raise error(call, "dtype", str(result), f"a {kind} dtype", "Convert y afterwards if that is meant.")
+    try:
+        good = jnp.issubdtype(output(inputs[0], dtype), jnp.complexfloating if is_complex else jnp.inexact)
+    except TypeError:
+        good = False
+    if not good:
+        raise error(call, "dtype", repr(dtype), f"a {kind} dtype", "Convert y afterwards if that is meant.")
 
 
 def check_momentum(call: str, momentum: Any) -> None:
     """The share of the old statistics, static or a scalar array."""
-    if isinstance(momentum, jax.Array):
+    if isinstance(momentum, (jax.Array, np.ndarray)):
         good = momentum.shape == () and jnp.issubdtype(momentum.dtype, jnp.floating)
     else:
         good = isinstance(momentum, (int, float, np.number)) and 0.0 <= momentum <= 1.0
@@ -124,7 +128,7 @@ def check_momentum(call: str, momentum: Any) -> None:
             call,
             "momentum",
             describe(momentum),
-            "a number from 0 to 1, or a scalar array,",
+            "a number from 0 to 1, or a scalar array",
             "It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
         )
 
@@ -146,10 +150,9 @@ def check_flag(call: str, flag: Any) -> bool | Array:
 
 def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     """The mask with x's rank: aligned with the leading ones of the non-feature `axes` if it has fewer axes."""
-    mask = jnp.asarray(mask)
-    if not jnp.issubdtype(mask.dtype, jnp.floating) and not jnp.issubdtype(mask.dtype, jnp.integer):
-        if mask.dtype != bool:
-            raise error(call, "mask", describe(mask), "a bool or float dtype", "Compare it: mask > 0.")
+    given, mask = mask, as_numbers(mask)
+    if mask is None or jnp.iscomplexobj(mask):
+        raise error(call, "mask", describe(given), "an array of bool or float", "Compare it: mask > 0.")
     if mask.ndim == x.ndim and fits(mask.shape, x.shape):
         return sharded_like(mask, x)
     leading = axes[: mask.ndim]
@@ -159,8 +162,7 @@ def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
         call,
         "mask",
         f"{describe(mask)} for x = {describe(x)}",
-        f"a shape that broadcasts to {x.shape} and has as many axes, or a leading part of "
-        f"{tuple(x.shape[a] for a in axes)},",
+        f"as many axes, each 1 or x's size, or shape {tuple(x.shape[a] for a in axes)} or a leading part of it",
         "True marks what takes part: mask = jnp.arange(x.shape[0]) < number_of_examples.",
     )
 
@@ -178,10 +180,13 @@ def check_several(call: str, x: X, axes: tuple[int, ...]) -> None:
         )
 
 
-def check_groups(call: str, groups: AxisIndexGroups | None, axis_name: Any) -> tuple[tuple[int, ...], ...] | None:
-    """axis_index_groups as hashable tuples; they divide a named axis."""
+def check_axis_name(
+    call: str, axis_name: AxisName | None, groups: AxisIndexGroups | None
+) -> tuple[AxisName | None, tuple[tuple[int, ...], ...] | None]:
+    """axis_name and axis_index_groups, hashable; the groups are of equal size and divide a named axis."""
+    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     if groups is None:
-        return None
+        return axis_name, None
     try:
         fixed = tuple(tuple(operator.index(i) for i in group) for group in groups)
     except TypeError:
@@ -194,7 +199,34 @@ def check_groups(call: str, groups: AxisIndexGroups | None, axis_name: Any) -> t
             "groups of equal size of the indices of a named axis",
             "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
         )
-    return fixed
+    return axis_name, fixed
+
+
+def check_bound(call: str, axis_name: AxisName | None) -> None:
+    """Something around the call binds the axis name."""
+    if axis_name is None:
+        return
+    try:
+        lax.psum(1, axis_name)
+    except NameError:
+        raise error(
+            call,
+            "axis_name",
+            f"{axis_name!r}, which nothing around the call binds",
+            "a name bound by shard_map, pmap or vmap",
+            "Run the training step inside one of them with this axis name, or leave axis_name out: under jit, "
+            "sharded arrays are synchronised without it.",
+            UnboundAxisError,
+        ) from None
+
+
+def as_numbers(value: Any) -> Array | None:
+    """The value as an array, or None if it is none of numbers."""
+    try:
+        array = jnp.asarray(value)
+    except TypeError:
+        return None
+    return array if jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool else None
 
 
 def feature_shape(x: X, axes: tuple[int, ...]) -> tuple[int, ...]:

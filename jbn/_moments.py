@@ -9,14 +9,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
-from jbn._checks import UnboundAxisError, check_groups, check_mask, check_x, error
-from jbn._types import Axes, AxisIndexGroups, AxisName, X, spec, wide
+from jbn._checks import check_axis_name, check_bound, check_mask, check_x, error
+from jbn._types import Axes, AxisIndexGroups, AxisName, X, describe, spec, wide
 
 # The rows whose mean is the shift. One row would do, but then (shift - mean)^2 is of the size of the
 # variance, in the worst of many channels ten times it, and as many times larger is the error of
@@ -28,8 +28,7 @@ _SHIFT_ROWS = 32
 _TABLE_DEVICES = 8
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class Moments:
     """Count, mean and biased variance of rows, per channel: a frozen pytree.
 
@@ -75,8 +74,7 @@ class Reduction:
         """How many devices take part in one batch."""
         if self.axis_name is None:
             return 1
-        size = self._collective(lambda name, **_: lax.psum(1, name))
-        return len(self.groups[0]) if self.groups else int(size)
+        return len(self.groups[0]) if self.groups else int(lax.psum(1, self.axis_name))
 
     def psum(self, value: Array) -> Array:
         """The sum over the devices of one batch."""
@@ -105,24 +103,14 @@ class Reduction:
         groups = {} if self.groups is None else {"axis_index_groups": self.groups}
         try:
             return operation(self.axis_name, **groups)
-        except NameError:
-            raise error(
-                "batch_norm",
-                "axis_name",
-                f"{self.axis_name!r}, which nothing around the call binds",
-                "a name bound by shard_map, pmap or vmap",
-                "Run the training step inside one of them with this axis name, or leave axis_name out: under "
-                "jit, sharded arrays are synchronised without it.",
-                UnboundAxisError,
-            ) from None
         except NotImplementedError:
             raise error(
-                "batch_norm",
+                "moments",
                 "axis_index_groups",
-                f"{self.groups!r} where JAX has no grouped collectives (vmap, and shard_map with check_vma=True)",
-                "a mesh with an axis per level of grouping",
+                f"{self.groups!r} under vmap, or under shard_map with check_vma=True",
+                "None there, where JAX cannot group devices",
                 "Split the axis in two, for example a mesh of shape (groups, devices per group), and pass the "
-                "name of the inner one as axis_name.",
+                "name of the second as axis_name.",
             ) from None
 
 
@@ -349,7 +337,8 @@ def moments(
     Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983 (shifted data).
     """
     x, axes = check_x("moments", x, axis)
-    groups = check_groups("moments", axis_index_groups, axis_name)
+    axis_name, groups = check_axis_name("moments", axis_name, axis_index_groups)
+    check_bound("moments", axis_name)
     weights = None if mask is None else check_mask("moments", mask, x, axes)
     return to_moments(measure(x, weights, Reduction(axes, axis_name, groups)), axes)
 
@@ -379,9 +368,14 @@ def merge(*moments: Moments) -> Moments:
 
     Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
     """
-    shapes = {part.shape for m in moments for part in (m.count, m.mean, m.var)}
-    if len(shapes) != 1:
-        raise error("merge", "moments", f"of shapes {sorted(shapes)}", "one or more Moments of one shape", "")
-    count, mean, var = (jnp.stack(parts) for parts in zip(*((m.count, m.mean, m.var) for m in moments), strict=True))
+    if not moments or any(not isinstance(m, Moments) or m.mean.shape != moments[0].mean.shape for m in moments):
+        raise error(
+            "merge",
+            "moments",
+            f"({', '.join(describe(getattr(m, 'mean', m)) for m in moments)})",
+            "one or more jbn.Moments of one shape",
+            "Merge the moments of one layer, as from jbn.moments(x).",
+        )
+    count, mean, var = (jnp.stack([getattr(m, name) for m in moments]) for name in ("count", "mean", "var"))
     merged = _merge(Measured(count, count, mean, jnp.zeros_like(mean), var))
     return Moments(merged.count, merged.shift + merged.rest, merged.var)

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jbn._moments import Measured, Reduction, centre, expectations, measure, used
-from jbn._types import X, working
+from jbn._types import X, wide, working
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,9 @@ def normalize(
     Entries that take no part come out normalized like the others, as constants: no gradient enters or
     leaves through them. If they hold NaN or inf they count as 0, so that y is finite.
     """
-    measured = measure(x, weights, config.reduction)
-    offset = (_settled(x, weights).astype(measured.shift.dtype) - measured.shift) - measured.rest
-    return affine(offset, measured.var, scale, bias, config), measured
+    # Outside of jit, one compiled call and not a hundred. Inside of a mapped axis there is a jit already.
+    forward = _forward if config.reduction.axis_name is not None else _compiled_forward
+    return forward(config, x, weights, scale, bias)
 
 
 @normalize.defjvp
@@ -68,6 +68,17 @@ def _normalize_jvp(
     return (y, measured), (y_dot, still._replace(rest=mean_dot, var=var_dot))
 
 
+def _forward(
+    config: Normalization, x: X, weights: Array | None, scale: Array | None, bias: Array | None
+) -> tuple[Array, Measured]:
+    measured = measure(x, weights, config.reduction)
+    offset = (_settled(x, weights).astype(measured.shift.dtype) - measured.shift) - measured.rest
+    return affine(offset, measured.var, scale, bias, config), measured
+
+
+_compiled_forward = jax.jit(_forward, static_argnums=0, inline=True)
+
+
 def _tangent(
     config: Normalization,
     x: X,
@@ -86,7 +97,7 @@ def _tangent(
     )
     half_var_dot = half_var_dot.real
     r = inverse_deviation(measured.var, config.epsilon)
-    kind = _common_dtype(offset, scale, bias_dot)
+    kind = working(*(part.dtype for part in (offset, scale, bias_dot) if part is not None))
     a = r.astype(kind) if scale is None else scale.astype(kind) * r.astype(kind)
     constant = -a * mean_dot.astype(kind)
     if bias_dot is not None:
@@ -108,8 +119,9 @@ def normalize_by(
     bias: Array | None,
 ) -> Array:
     """y by given statistics: one pass, no reduction, differentiable in all arguments."""
-    offset = _settled(x, weights).astype(working(x)) - mean.astype(working(x))
-    y = affine(offset, var.astype(offset.real.dtype), scale, bias, config)
+    dtype = working(x.dtype, mean.dtype)
+    offset = _settled(x, weights).astype(dtype) - mean.astype(dtype)
+    y = affine(offset, var.astype(wide(dtype)), scale, bias, config)
     return y if weights is None else jnp.where(used(weights), y, lax.stop_gradient(y))
 
 
@@ -117,7 +129,7 @@ def affine(
     offset: Array, var: Float[Array, "..."], scale: Array | None, bias: Array | None, config: Normalization
 ) -> Array:
     """scale * offset / sqrt(var + epsilon) + bias, with one factor per channel."""
-    kind = _common_dtype(offset, scale, bias)
+    kind = working(*(part.dtype for part in (offset, scale, bias) if part is not None))
     factor = inverse_deviation(var, config.epsilon).astype(kind)
     if scale is not None:
         factor = factor * scale.astype(kind)
@@ -130,12 +142,6 @@ def inverse_deviation(var: Float[Array, "..."], epsilon: float) -> Float[Array, 
     square = var + np.asarray(epsilon, var.dtype)
     positive = square != 0
     return jnp.where(positive, lax.rsqrt(jnp.where(positive, square, jnp.ones_like(square))), jnp.zeros_like(var))
-
-
-def _common_dtype(offset: Array, *params: Array | None) -> np.dtype:
-    """That of the offset, complex if a parameter is: parameters of fewer bits never narrow it."""
-    is_complex = any(p is not None and jnp.iscomplexobj(p) for p in params)
-    return np.result_type(offset.dtype, np.complex64) if is_complex else offset.dtype
 
 
 def _zeroed(value: Array, weights: Array | None) -> Array:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool
 
 from jbn._checks import check_batch_stats, check_momentum
 from jbn._moments import Moments
-from jbn._types import BatchStats, sharded_like
+from jbn._types import BatchStats, sharded_like, working
 
 def update(batch_stats: BatchStats, moments: Moments, *, momentum: float | Array = 0.99) -> BatchStats:
     """Running statistics after a batch with these moments.
@@ -48,7 +48,7 @@ def remember(
     """`update` for the channels where `seen`; the others keep their statistics."""
 
     def average(old: Array, batch: Array) -> Array:
-        dtype = jnp.promote_types(old.dtype, batch.dtype)
+        dtype = working(old.dtype, batch.dtype)
         keep, forget = (jnp.asarray(share, dtype) for share in (momentum, 1 - momentum))
         old = old.astype(dtype)
         return jnp.where(seen, keep * old + forget * batch.astype(dtype), old)

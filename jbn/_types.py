@@ -41,10 +41,10 @@ def wide(*dtypes: Dtype) -> np.dtype:
     return np.dtype(np.float64 if double else np.float32)
 
 
-def working(x: X) -> np.dtype:
-    """The dtype in which x is normalized: `wide`, and complex where x is."""
-    real = wide(x.dtype)
-    return np.result_type(real, np.complex64) if jnp.iscomplexobj(x) else real
+def working(*dtypes: Dtype) -> np.dtype:
+    """The dtype in which arrays of these dtypes are combined: `wide`, and complex if one of them is."""
+    is_complex = any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
+    return np.result_type(wide(*dtypes), np.complex64 if is_complex else np.float32)
 
 
 def output(x: X, dtype: Dtype | None) -> np.dtype:
@@ -71,4 +71,6 @@ def sharded_like(value: Array, x: X) -> Array:
 
 def describe(value: Any) -> str:
     """How error texts show an argument: `float32[8,3]` for an array, its repr for anything else."""
-    return str(jax.typeof(value)) if hasattr(value, "shape") and hasattr(value, "dtype") else repr(value)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return repr(value)

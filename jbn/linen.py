@@ -110,10 +110,12 @@ class BatchNorm(nn.Module):
         if starting and mask is None:
             # A single row is welcome in `init`; behind a mask, the core does not count rows while tracing.
             mask = jnp.ones((), bool)
+        running = {"mean": mean.value, "var": var.value}
+        if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean.value):
+            running["mean"] = mean.value.astype(mean_dtype)  # Flax starts it as a real zero
         y, batch_stats = batch_norm(
             params,
-            # Flax starts the mean of complex x as a real zero.
-            {"mean": mean.value.astype(jnp.promote_types(mean.value.dtype, mean_dtype)), "var": var.value},
+            running,
             x,
             use_running_average=flag,
             axis=self.axis,
