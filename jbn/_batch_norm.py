@@ -2,20 +2,35 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from jbn import _checks
-from jbn._moments import Reduction, to_moments
+from jbn._devices import Reduction
+from jbn._moments import Moments, to_moments
 from jbn._normalize import Normalization, normalize, normalize_by
 from jbn._running import remember
-from jbn._types import Axes, AxisIndexGroups, AxisName, BatchStats, Dtype, Flag, Params, X, output, sharded_like
+from jbn._types import (
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    BatchStats,
+    Dtype,
+    Flag,
+    Params,
+    X,
+    output,
+    sharded_like,
+)
 
 _CALL = "batch_norm"
+
+Stats = TypeVar("Stats", bound=BatchStats | None)
 
 
 def init(
@@ -72,7 +87,7 @@ def init(
 
 def batch_norm(
     params: Params | None,
-    batch_stats: BatchStats | None,
+    batch_stats: Stats,
     x: X,
     *,
     use_running_average: Flag,
@@ -83,7 +98,7 @@ def batch_norm(
     axis_index_groups: AxisIndexGroups | None = None,
     mask: Array | None = None,
     dtype: Dtype | None = None,
-) -> tuple[Array, BatchStats | None]:
+) -> tuple[Array, Stats]:
     """Normalizes x per channel, and returns it with the new running statistics.
 
         mean = E[x],  var = E[|x - mean|^2],  y = scale * (x - mean) / sqrt(var + epsilon) + bias
@@ -137,37 +152,56 @@ def batch_norm(
     scale, bias = _expanded_params(params, x, axes)
     _checks.check_settings(_CALL, momentum, epsilon, dtype, (x, scale, bias))
     axis_name, groups = _checks.check_axis_name(_CALL, axis_name, axis_index_groups)
-    config = Normalization(Reduction(axes, axis_name, groups), float(epsilon), output(x, dtype))
-    flag = _checks.check_flag(_CALL, use_running_average)
-
-    def train() -> tuple[Array, BatchStats | None]:
-        _checks.check_bound(_CALL, axis_name)
-        y, measured = normalize(config, x, weights, scale, bias)
-        if batch_stats is None:
-            return y, None
-        seen = lax.squeeze(measured.values > 1, axes)
-        return y, remember(batch_stats, to_moments(measured, axes), momentum, seen)
-
-    def evaluate() -> tuple[Array, BatchStats]:
-        mean, var = (sharded_like(jnp.expand_dims(batch_stats[name], axes), x) for name in ("mean", "var"))
-        return normalize_by(config, x, weights, mean, var, scale, bias), batch_stats
-
-    if batch_stats is not None:
-        _checks.check_batch_stats(_CALL, batch_stats, x, axes)
-    if batch_stats is None or flag is False:
-        if weights is None and axis_name is None:
-            _checks.check_several(_CALL, x, axes)
-        y, batch_stats = train()
-    elif flag is True:
-        y, batch_stats = evaluate()
+    evaluating = _checks.check_flag(_CALL, use_running_average)
+    if batch_stats is None:
+        evaluating = False
     else:
-        y, batch_stats = jax.tree.map(functools.partial(jnp.where, flag), evaluate(), train())
-    return y, lax.stop_gradient(batch_stats)
+        _checks.check_batch_stats(_CALL, batch_stats, x, axes)
+    if evaluating is False and weights is None and axis_name is None:
+        _checks.check_several(_CALL, x, axes)
+
+    config = Normalization(Reduction(axes, axis_name, groups), float(epsilon), output(x, dtype))
+    inputs = (config, x, weights, scale, bias)
+    new_stats: Any  # of the type of batch_stats
+    if batch_stats is None:
+        return _train(*inputs)[0], batch_stats
+    if evaluating is True:
+        y, new_stats = _evaluate(*inputs, batch_stats), batch_stats
+    else:
+        y, moments, seen = _train(*inputs)
+        new_stats = remember(batch_stats, moments, momentum, seen)
+        if evaluating is not False:
+            known = _evaluate(*inputs, batch_stats), batch_stats
+            y, new_stats = jax.tree.map(functools.partial(jnp.where, evaluating), known, (y, new_stats))
+    return y, lax.stop_gradient(new_stats)
 
 
-def _expanded_params(
-    params: Params | None, x: X, axes: tuple[int, ...]
-) -> tuple[Array | None, Array | None]:
+def _train(
+    config: Normalization, x: X, weights: Array | None, scale: Array | None, bias: Array | None
+) -> tuple[Array, Moments, Bool[Array, "*C"]]:
+    """y by the moments of the batch, those moments, and which channels have the values for an update."""
+    _checks.check_bound(_CALL, config.reduction.axis_name)
+    y, measured = normalize(config, x, weights, scale, bias)
+    axes = config.reduction.axes
+    return y, to_moments(measured, axes), lax.squeeze(measured.values > 1, axes)
+
+
+def _evaluate(
+    config: Normalization,
+    x: X,
+    weights: Array | None,
+    scale: Array | None,
+    bias: Array | None,
+    batch_stats: BatchStats,
+) -> Array:
+    """y by the running statistics."""
+    mean, var = (
+        sharded_like(jnp.expand_dims(batch_stats[name], config.reduction.axes), x) for name in ("mean", "var")
+    )
+    return normalize_by(config, x, weights, mean, var, scale, bias)
+
+
+def _expanded_params(params: Params | None, x: X, axes: tuple[int, ...]) -> tuple[Array | None, Array | None]:
     """Scale and bias with x's rank, None where there is none."""
     params = {} if params is None else params
     _checks.check_entries(_CALL, "params", params, ("scale", "bias"))

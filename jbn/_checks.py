@@ -16,7 +16,6 @@ from jaxtyping import Array
 
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, X, describe, output, sharded_like
 
-
 _RIGHT_SIZE = "Pass jbn.init(features) for as many features as x has, or set axis to x's feature axis."
 
 
@@ -39,7 +38,9 @@ def check_x(call: str, x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
     """x as an array of numbers, and the axes to reduce: all that are not feature axes."""
     given, x = x, as_numbers(x)
     if x is None or x.ndim == 0:
-        raise error(call, "x", describe(given), "an array of numbers with at least one axis", "Convert it first.")
+        raise error(
+            call, "x", describe(given), "an array of numbers with at least one axis", "Convert it first."
+        )
     named = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     try:
         features = {operator.index(a) % x.ndim for a in named if -x.ndim <= operator.index(a) < x.ndim}
@@ -87,7 +88,9 @@ def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> Non
     """mean and var, one value per channel, perhaps with count and rows; a complex mean for complex x."""
     check_entries(call, "batch_stats", stats, ("mean", "var", "count", "rows"))
     if not {"mean", "var"} <= set(stats):
-        raise error(call, "batch_stats", f"a mapping with {', '.join(stats)}", "mean and var", "See jbn.init.")
+        raise error(
+            call, "batch_stats", f"a mapping with {', '.join(stats)}", "mean and var", "See jbn.init."
+        )
     for name, value in stats.items():
         shape = () if name == "count" else feature_shape(x, axes)
         if jnp.shape(value) != shape:
@@ -102,7 +105,9 @@ def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> Non
         )
 
 
-def check_settings(call: str, momentum: Any, epsilon: Any, dtype: Dtype | None, inputs: Sequence[Any]) -> None:
+def check_settings(
+    call: str, momentum: Any, epsilon: Any, dtype: Dtype | None, inputs: Sequence[Any]
+) -> None:
     """momentum, epsilon, and a dtype of y that can hold what is computed from the inputs x, scale, bias."""
     check_momentum(call, momentum)
     if not isinstance(epsilon, (int, float, np.number)) or not 0.0 <= epsilon < float("inf"):
@@ -149,20 +154,20 @@ def check_flag(call: str, flag: Any) -> bool | Array:
 
 
 def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
-    """The mask with x's rank: aligned with the leading ones of the non-feature `axes` if it has fewer axes."""
+    """The mask with x's rank; one of fewer axes belongs to the leading ones of `axes`, the reduced ones."""
     given, mask = mask, as_numbers(mask)
     if mask is None or jnp.iscomplexobj(mask):
         raise error(call, "mask", describe(given), "an array of bool or float", "Compare it: mask > 0.")
     if mask.ndim == x.ndim and fits(mask.shape, x.shape):
         return sharded_like(mask, x)
-    leading = axes[: mask.ndim]
-    if mask.ndim < x.ndim and mask.shape == tuple(x.shape[a] for a in leading):
+    leading, reduced = axes[: mask.ndim], tuple(x.shape[a] for a in axes)
+    if mask.ndim < x.ndim and mask.shape == reduced[: mask.ndim]:
         return sharded_like(jnp.expand_dims(mask, tuple(a for a in range(x.ndim) if a not in leading)), x)
     raise error(
         call,
         "mask",
         f"{describe(mask)} for x = {describe(x)}",
-        f"as many axes, each 1 or x's size, or shape {tuple(x.shape[a] for a in axes)} or a leading part of it",
+        f"as many axes, each 1 or x's size, or shape {reduced} or a leading part of it",
         "True marks what takes part: mask = jnp.arange(x.shape[0]) < number_of_examples.",
     )
 
@@ -214,8 +219,8 @@ def check_bound(call: str, axis_name: AxisName | None) -> None:
             "axis_name",
             f"{axis_name!r}, which nothing around the call binds",
             "a name bound by shard_map, pmap or vmap",
-            "Run the training step inside one of them with this axis name, or leave axis_name out: under jit, "
-            "sharded arrays are synchronised without it.",
+            "Run the training step inside one of them with this axis name, or leave axis_name out: "
+            "under jit, sharded arrays are synchronised without it.",
             UnboundAxisError,
         ) from None
 

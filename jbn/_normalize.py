@@ -6,13 +6,15 @@ Everything here works on arrays of x's rank: statistics and parameters are 1 alo
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jbn._moments import Measured, Reduction, centre, expectations, measure, used
+from jbn._devices import Reduction
+from jbn._measure import Measured, centre, dot, expectations, measure, used
 from jbn._types import X, wide, working
 
 
@@ -91,10 +93,8 @@ def _tangent(
 ) -> tuple[Array, Array, Array]:
     offset = _zeroed(centre(x, measured.shift, weights) - measured.rest, weights)
     x_dot = _zeroed(x_dot.astype(offset.dtype), weights)
-    product = lax.real(lax.conj(offset) * x_dot) if jnp.iscomplexobj(offset) else offset * x_dot
-    mean_dot, half_var_dot = expectations(
-        [x_dot, product.astype(offset.dtype)], weights, measured.count, config.reduction
-    )
+    products = [x_dot, dot(offset, x_dot).astype(offset.dtype)]
+    mean_dot, half_var_dot = expectations(products, weights, measured.total, config.reduction)
     half_var_dot = half_var_dot.real
     r = inverse_deviation(measured.var, config.epsilon)
     kind = working(*(part.dtype for part in (offset, scale, bias_dot) if part is not None))
@@ -129,7 +129,9 @@ def affine(
     offset: Array, var: Float[Array, "..."], scale: Array | None, bias: Array | None, config: Normalization
 ) -> Array:
     """scale * offset / sqrt(var + epsilon) + bias, with one factor per channel."""
-    kind = working(*(part.dtype for part in (offset, scale, bias) if part is not None))
+    parts = [part for part in (offset, var, scale, bias) if part is not None]
+    chex.assert_equal_rank(parts)
+    kind = working(*(part.dtype for part in parts))
     factor = inverse_deviation(var, config.epsilon).astype(kind)
     if scale is not None:
         factor = factor * scale.astype(kind)
@@ -141,7 +143,9 @@ def inverse_deviation(var: Float[Array, "..."], epsilon: float) -> Float[Array, 
     """1 / sqrt(var + epsilon), and 0 where both are 0: a constant channel then turns into bias, not NaN."""
     square = var + np.asarray(epsilon, var.dtype)
     positive = square != 0
-    return jnp.where(positive, lax.rsqrt(jnp.where(positive, square, jnp.ones_like(square))), jnp.zeros_like(var))
+    return jnp.where(
+        positive, lax.rsqrt(jnp.where(positive, square, jnp.ones_like(square))), jnp.zeros_like(var)
+    )
 
 
 def _zeroed(value: Array, weights: Array | None) -> Array:

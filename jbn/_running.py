@@ -9,6 +9,7 @@ from jbn._checks import check_batch_stats, check_momentum
 from jbn._moments import Moments
 from jbn._types import BatchStats, sharded_like, working
 
+
 def update(batch_stats: BatchStats, moments: Moments, *, momentum: float | Array = 0.99) -> BatchStats:
     """Running statistics after a batch with these moments.
 
@@ -59,12 +60,15 @@ def remember(
         new["rows"] = batch_stats["rows"] + jnp.where(seen, moments.count, jnp.zeros_like(moments.count))
     if "count" in batch_stats:
         new["count"] = batch_stats["count"] + jnp.any(seen).astype(jnp.int32)
-    return jax.tree_util.tree_map_with_path(lambda path, old: _like(old, new[path[-1].key]), batch_stats)
+    result: BatchStats = jax.tree_util.tree_map_with_path(
+        lambda path, old: _like(old, new[path[-1].key]), batch_stats
+    )
+    return result
 
 
 def _like(old: Array, new: Array) -> Array:
     """The new value with dtype and weak type of the old: a scan carry, and no second compilation."""
     new = new.astype(old.dtype)
     if getattr(old, "weak_type", False) and not new.weak_type:
-        return jnp.vectorize(lax.full_like)(old, new)
+        new = jnp.vectorize(lax.full_like)(old, new)
     return new

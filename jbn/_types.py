@@ -66,7 +66,9 @@ def sharded_like(value: Array, x: X) -> Array:
     Under explicit mesh axes JAX refuses to combine differently sharded arrays; elsewhere this does nothing.
     """
     wanted = tuple(None if size == 1 else axes for size, axes in zip(value.shape, spec(x), strict=True))
-    return value if spec(value) == wanted else jax.sharding.reshard(value, jax.sharding.PartitionSpec(*wanted))
+    return (
+        value if spec(value) == wanted else jax.sharding.reshard(value, jax.sharding.PartitionSpec(*wanted))
+    )
 
 
 def describe(value: Any) -> str:

@@ -1,6 +1,6 @@
 """The layer for Flax linen: variables, and one call into the core."""
 
-from typing import Any
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -75,9 +75,7 @@ class BatchNorm(nn.Module):
     force_float32_reductions: bool = True
 
     @nn.compact
-    def __call__(
-        self, x: X, use_running_average: Flag | None = None, *, mask: Array | None = None
-    ) -> Array:
+    def __call__(self, x: X, use_running_average: Flag | None = None, *, mask: Array | None = None) -> Array:
         """Normalizes x, and in training updates the running statistics.
 
         Args:
@@ -93,7 +91,8 @@ class BatchNorm(nn.Module):
           ValueError: an argument that does not fit.
           NameError: an axis name that nothing binds, in training.
         """
-        flag = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        merged = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        flag = cast(Flag, merged)
         x, axes = check_x("linen.BatchNorm", x, self.axis)
         features = feature_shape(x, axes)
         mean_dtype = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32

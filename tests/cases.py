@@ -34,7 +34,12 @@ class Case:
     @property
     def settings(self):
         """Keyword arguments of `jbn.batch_norm`, the mask included."""
-        return {"axis": self.axis, "momentum": self.momentum, "epsilon": self.epsilon, "mask": self.make_mask()}
+        return {
+            "axis": self.axis,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "mask": self.make_mask(),
+        }
 
     def make_x(self):
         """Random values; the places that a mask takes out hold NaN and inf."""
@@ -67,7 +72,9 @@ class Case:
 
     def make_mask(self):
         rng, shape = np.random.default_rng(17), self.shape
-        reduced = [a for a in range(len(shape)) if a not in {b % len(shape) for b in np.atleast_1d(self.axis)}]
+        reduced = [
+            a for a in range(len(shape)) if a not in {b % len(shape) for b in np.atleast_1d(self.axis)}
+        ]
         match self.mask:
             case None:
                 return None

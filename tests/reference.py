@@ -78,7 +78,11 @@ def gradients(x, axis, scale, epsilon, cotangent, mask=None):
     count, mean, var = statistics(x, axis, mask)
     used = weights > 0
     g = np.where(used, exact(cotangent), 0)
-    offset = np.where(used, exact(x) - mean, 0) if mask is None else np.where(used, np.where(used, exact(x), 0) - mean, 0)
+    offset = (
+        np.where(used, exact(x) - mean, 0)
+        if mask is None
+        else np.where(used, np.where(used, exact(x), 0) - mean, 0)
+    )
     r = 1 / np.sqrt(var + epsilon)
     a = r if scale is None else r * np.expand_dims(exact(scale), axes)
     total = g.sum(axes, keepdims=True)

@@ -68,8 +68,7 @@ TEXTS = {
     ),
     "statistics without a variance": (
         lambda: call(batch_stats={"mean": STATS["mean"]}),
-        "jbn.batch_norm: batch_stats is a mapping with mean. Expected mean and var. Pass "
-        "jbn.init(features) for as many features as x has, or set axis to x's feature axis.",
+        "jbn.batch_norm: batch_stats is a mapping with mean. Expected mean and var. See jbn.init.",
     ),
     "statistics of a model": (
         lambda: call(batch_stats={"BatchNorm_0": STATS}),

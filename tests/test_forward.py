@@ -23,7 +23,9 @@ def test_training_normalizes_by_the_batch(case):
     for name in ("mean", "var"):
         batch = getattr(stats, name).reshape(case.features)
         assert new[name].dtype == batch_stats[name].dtype
-        assert_close(new[name], reference.running(batch_stats[name], batch, case.momentum), tolerance(np.float32))
+        assert_close(
+            new[name], reference.running(batch_stats[name], batch, case.momentum), tolerance(np.float32)
+        )
 
 
 @pytest.mark.parametrize(**by_name(CASES))

@@ -72,7 +72,8 @@ def test_no_gradient_flows_through_returned_statistics():
 def test_moments_have_gradients():
     x = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
     mean, var = (
-        jax.grad(lambda x, name=name: jnp.sum(getattr(jbn.moments(x), name) ** 2))(x) for name in ("mean", "var")
+        jax.grad(lambda x, name=name: jnp.sum(getattr(jbn.moments(x), name) ** 2))(x)
+        for name in ("mean", "var")
     )
     centred = x - x.mean(0, dtype=np.float64)
     assert_close(mean, np.broadcast_to(2 * x.mean(0) / 8, x.shape), tolerance(np.float32))

@@ -62,8 +62,12 @@ def test_parity_with_flax(case, train):
 def test_output_dtype_is_that_of_flax(x_dtype, dtype, param_dtype):
     x = np.arange(12).reshape(4, 3).astype(x_dtype)
     with jax.numpy_dtype_promotion("standard"):
-        theirs = nn.BatchNorm(False, dtype=dtype, param_dtype=param_dtype).init_with_output(jax.random.key(0), x)
-    ours = jbn.linen.BatchNorm(False, dtype=dtype, param_dtype=param_dtype).init_with_output(jax.random.key(0), x)
+        theirs = nn.BatchNorm(False, dtype=dtype, param_dtype=param_dtype).init_with_output(
+            jax.random.key(0), x
+        )
+    ours = jbn.linen.BatchNorm(False, dtype=dtype, param_dtype=param_dtype).init_with_output(
+        jax.random.key(0), x
+    )
     assert dtypes(ours) == dtypes(theirs)
 
 
@@ -88,7 +92,9 @@ class Net(nn.Module):
 def test_changing_the_import_keeps_names_and_values():
     """A checkpoint of Flax's layers loads: the same tree, the same random numbers."""
     x = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
-    theirs, ours = (Net(kind).init(jax.random.key(1), x, False) for kind in (nn.BatchNorm, jbn.linen.BatchNorm))
+    theirs, ours = (
+        Net(kind).init(jax.random.key(1), x, False) for kind in (nn.BatchNorm, jbn.linen.BatchNorm)
+    )
     assert_trees_close(ours, theirs, 0.0)
     y = Net(jbn.linen.BatchNorm).apply(theirs, x, False)
     with jax.numpy_rank_promotion("allow"):

@@ -16,7 +16,9 @@ SHAPES = {"dense": (8192, 256), "image": (32, 14, 14, 64), "few rows": (16, 256)
 
 def errors(x, batch_stats, **settings):
     """Largest relative error of the variance, and largest error of y, over all channels."""
-    step = jax.jit(lambda x: jbn.batch_norm(None, batch_stats, x, use_running_average=False, momentum=0.0, **settings))
+    step = jax.jit(
+        lambda x: jbn.batch_norm(None, batch_stats, x, use_running_average=False, momentum=0.0, **settings)
+    )
     y, new = step(x)
     stats = reference.statistics(x, -1)
     expected = reference.normalize(x, -1, None, None, 1e-5)
@@ -97,7 +99,9 @@ def test_the_variance_is_never_negative():
 def test_the_mean_of_twenty_million_values_is_exact():
     batch_stats = jbn.init(1)[1]
     x = np.full((4500 * 4500, 1), -1, np.float32)
-    _, new = jax.jit(lambda x: jbn.batch_norm(None, batch_stats, x, use_running_average=False, momentum=0.0))(x)
+    _, new = jax.jit(lambda x: jbn.batch_norm(None, batch_stats, x, use_running_average=False, momentum=0.0))(
+        x
+    )
     assert float(new["mean"][0]) == -1.0
 
 

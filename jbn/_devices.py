@@ -1,0 +1,66 @@
+"""What statistics are taken over: axes of an array, and devices. The collectives are here, and only here."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from jbn._checks import error
+from jbn._types import AxisName
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """What statistics are taken over: axes of x, and devices. Static and hashable."""
+
+    axes: tuple[int, ...]
+    axis_name: AxisName | None = None
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    def devices(self) -> int:
+        """How many devices take part in one batch."""
+        if self.axis_name is None:
+            return 1
+        return len(self.groups[0]) if self.groups else int(lax.psum(1, self.axis_name))
+
+    def psum(self, value: Array) -> Array:
+        """The sum over the devices of one batch."""
+        return self._collective(lambda name, **groups: lax.psum(value, name, **groups))
+
+    def pmean(self, value: Array) -> Array:
+        """The mean over the devices of one batch."""
+        return (
+            value
+            if self.axis_name is None
+            else self._collective(lambda name, **groups: lax.pmean(value, name, **groups))
+        )
+
+    def pmax(self, value: Array) -> Array:
+        """The maximum over the devices of one batch."""
+        return self._collective(lambda name, **groups: lax.pmax(value, name, **groups))
+
+    def index(self) -> Array:
+        """This device's place among the devices of its batch."""
+        index = lax.axis_index(self.axis_name)
+        if self.groups is None:
+            return index
+        places = {device: place for group in self.groups for place, device in enumerate(group)}
+        return jnp.asarray([places[device] for device in sorted(places)], np.int32)[index]
+
+    def _collective(self, operation: Callable[..., Array]) -> Array:
+        """The operation with axis name and groups; what JAX cannot do is said with the way out."""
+        groups = {} if self.groups is None else {"axis_index_groups": self.groups}
+        try:
+            return operation(self.axis_name, **groups)
+        except NotImplementedError:
+            raise error(
+                "moments",
+                "axis_index_groups",
+                f"{self.groups!r} under vmap, or under shard_map with check_vma=True",
+                "None there, where JAX cannot group devices",
+                "Split the axis in two, for example a mesh of shape (groups, devices per group), and pass "
+                "the name of the second as axis_name.",
+            ) from None
