@@ -147,6 +147,41 @@ def batch_norm(
 
     Reference: Ioffe and Szegedy 2015, arXiv 1502.03167.
     """
+    y, new_stats, _ = run(
+        params,
+        batch_stats,
+        x,
+        use_running_average=use_running_average,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        mask=mask,
+        dtype=dtype,
+    )
+    return y, new_stats
+
+
+def run(
+    params: Params | None,
+    batch_stats: Stats,
+    x: X,
+    *,
+    use_running_average: Flag,
+    axis: Axes,
+    momentum: float | Array,
+    epsilon: float,
+    axis_name: AxisName | None,
+    axis_index_groups: AxisIndexGroups | None,
+    mask: Array | None,
+    dtype: Dtype | None,
+    starting: bool = False,
+) -> tuple[Array, Stats, Moments | None]:
+    """`batch_norm` as the layers call it: it also returns the moments of the batch, if it measured them.
+
+    While a layer is `starting`, in `init`, one value per channel is welcome and no axis name is bound.
+    """
     x, axes = _checks.check_x(_CALL, x, axis)
     weights = None if mask is None else _checks.check_mask(_CALL, mask, x, axes)
     scale, bias = _expanded_params(params, x, axes)
@@ -157,23 +192,27 @@ def batch_norm(
         evaluating = False
     else:
         _checks.check_batch_stats(_CALL, batch_stats, x, axes)
-    if evaluating is False and weights is None and axis_name is None:
+    if starting:
+        axis_name = groups = None
+    elif evaluating is False and weights is None and axis_name is None:
         _checks.check_several(_CALL, x, axes)
 
     config = Normalization(Reduction(axes, axis_name, groups), float(epsilon), output(x, dtype))
     inputs = (config, x, weights, scale, bias)
     new_stats: Any  # of the type of batch_stats
+    moments: Moments | None
     if batch_stats is None:
-        return _train(*inputs)[0], batch_stats
+        y, moments, _ = _train(*inputs)
+        return y, batch_stats, moments
     if evaluating is True:
-        y, new_stats = _evaluate(*inputs, batch_stats), batch_stats
+        y, new_stats, moments = _evaluate(*inputs, batch_stats), batch_stats, None
     else:
         y, moments, seen = _train(*inputs)
         new_stats = remember(batch_stats, moments, momentum, seen)
         if evaluating is not False:
             known = _evaluate(*inputs, batch_stats), batch_stats
             y, new_stats = jax.tree.map(functools.partial(jnp.where, evaluating), known, (y, new_stats))
-    return y, lax.stop_gradient(new_stats)
+    return y, lax.stop_gradient(new_stats), moments
 
 
 def _train(

@@ -4,8 +4,9 @@ The builder `error` makes every text: which argument of which call, what came, w
 mend it. A layer adds its own name and path once, around the call into the core.
 """
 
+import contextlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +33,15 @@ def error(
 ) -> ArgumentError:
     """The one builder of error texts."""
     return kind(f"jbn.{call}: {argument} is {got}. Expected {expected}. {fix}")
+
+
+@contextlib.contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Puts the layer's name and path before what the core says; once, at the call into the core."""
+    try:
+        yield
+    except ArgumentError as caught:
+        raise type(caught)(f"{layer}: {caught}") from None
 
 
 def check_x(call: str, x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:

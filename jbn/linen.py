@@ -1,7 +1,5 @@
 """The layer for Flax linen: variables, and one call into the core."""
 
-from typing import cast
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,8 +7,9 @@ from flax.linen import initializers
 from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array
 
-from jbn._batch_norm import batch_norm
-from jbn._checks import check_x, feature_shape
+from jbn._batch_norm import run
+from jbn._checks import check_x, error, feature_shape, naming
+from jbn._moments import merge
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
 
 
@@ -24,7 +23,7 @@ class BatchNorm(nn.Module):
     statistics are the batch's, over every axis but `axis` and over `axis_name`, and the running ones are
     updated (make `batch_stats` mutable); in evaluation they are the running ones. It differs in four things:
 
-    - Statistics are accurate: N(1e4, 1) has variance 1, where E[x^2] - E[x]^2 in float32 says 16.
+    - Statistics are accurate: N(1e4, 1) has variance 1, where E[x^2] - E[x]^2 in float32 says 0 to 24.
     - Masked entries take no part at all, whatever they hold, and counts are over all devices. A mask may
       also be `[N]` or `[N, T]`, or hold fractional weights.
     - Statistics come from x as it is given and are kept in float32, whatever `dtype` says.
@@ -46,6 +45,13 @@ class BatchNorm(nn.Module):
       axis_index_groups: groups of devices of that axis that normalize together.
       use_fast_variance: accepted, and changes nothing: the accurate way is as fast.
       force_float32_reductions: accepted, and changes nothing: reductions are in float32 or wider.
+      mean_init: initializer of the running mean.
+      var_init: initializer of the running variance.
+      frozen: uses the running statistics, writes nothing, and gives no gradient to scale and bias: the whole
+        layer is a constant, whatever the mode.
+
+    While the collection `batch_moments` is mutable, training leaves the batch's `jbn.Moments` there, merged
+    with those that are there already: recalibration and gradient accumulation read them.
 
     Example:
       >>> import jax, jax.numpy as jnp, jbn.linen
@@ -73,9 +79,19 @@ class BatchNorm(nn.Module):
     axis_index_groups: AxisIndexGroups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    mean_init: initializers.Initializer = initializers.zeros
+    var_init: initializers.Initializer = initializers.ones
+    frozen: bool = False
 
     @nn.compact
-    def __call__(self, x: X, use_running_average: Flag | None = None, *, mask: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: X,
+        use_running_average: Flag | None = None,
+        *,
+        mask: Array | None = None,
+        update_batch_stats: bool = True,
+    ) -> Array:
         """Normalizes x, and in training updates the running statistics.
 
         Args:
@@ -83,48 +99,95 @@ class BatchNorm(nn.Module):
           use_running_average: True in evaluation, False in training, if the constructor did not say.
           mask: bool, or weights from 0 up: x's rank and broadcastable to x, or aligned with x's leading
             non-feature axes (`[N]`, `[N, T]`).
+          update_batch_stats: False uses the statistics of the batch in training, and writes nothing.
 
         Returns:
           y, of x's shape.
 
         Raises:
-          ValueError: an argument that does not fit.
+          ValueError: an argument that does not fit, or a `batch_stats` that is missing or immutable.
           NameError: an axis name that nothing binds, in training.
         """
-        merged = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        flag = cast(Flag, merged)
-        x, axes = check_x("linen.BatchNorm", x, self.axis)
-        features = feature_shape(x, axes)
-        mean_dtype = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, mean_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
+        with naming(f"BatchNorm {'/'.join(self.path)!r}" if self.path else "BatchNorm"):
+            flag = True if self.frozen else self._mode(use_running_average)
+            x, axes = check_x("linen.BatchNorm", x, self.axis)
+            params = self._params(feature_shape(x, axes))
+            mean, var = self._running(x, feature_shape(x, axes))
+            starting = self.is_initializing()
+            writes = update_batch_stats and flag is not True and not starting
+            if writes and not self.is_mutable_collection("batch_stats"):
+                raise error(
+                    "linen.BatchNorm",
+                    "batch_stats",
+                    "immutable in training",
+                    "a collection that can be updated",
+                    "Call apply(..., mutable=['batch_stats']) and keep the statistics it returns, or pass "
+                    "update_batch_stats=False or use_running_average=True.",
+                )
+            with jax.numpy_dtype_promotion("standard"):  # Flax's rule, also where promotion is strict
+                dtype = canonicalize_dtype(x, *params.values(), dtype=self.dtype)
+            y, batch_stats, moments = run(
+                params,
+                {"mean": self._like_x(mean.value, x), "var": var.value},
+                x,
+                use_running_average=flag,
+                axis=self.axis,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                axis_name=self.axis_name,
+                axis_index_groups=self.axis_index_groups,
+                mask=mask,
+                dtype=dtype,
+                starting=starting,
+            )
+        if writes:
+            mean.value, var.value = batch_stats["mean"], batch_stats["var"]
+        if moments is not None and not starting and self.is_mutable_collection("batch_moments"):
+            if self.has_variable("batch_moments", "moments"):
+                moments = merge(self.get_variable("batch_moments", "moments"), moments)
+            self.put_variable("batch_moments", "moments", moments)
+        return y
+
+    def _mode(self, argument: Flag | None) -> Flag:
+        """use_running_average, said once: in the constructor or in the call."""
+        given = [flag for flag in (self.use_running_average, argument) if flag is not None]
+        if len(given) != 1:
+            raise error(
+                "linen.BatchNorm",
+                "use_running_average",
+                "given twice" if given else "missing",
+                "it in the constructor or in the call, once",
+                "Pass use_running_average=False in training and True in evaluation.",
+            )
+        return given[0]
+
+    def _params(self, features: tuple[int, ...]) -> dict[str, Array]:
         params = {}
         if self.use_scale:
             params["scale"] = self.param("scale", self.scale_init, features, self.param_dtype)
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, features, self.param_dtype)
-        with jax.numpy_dtype_promotion("standard"):  # Flax's rule, also where promotion is strict
-            dtype = canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-        starting = self.is_initializing()
-        if starting and mask is None:
-            # A single row is welcome in `init`; behind a mask, the core does not count rows while tracing.
-            mask = jnp.ones((), bool)
-        running = {"mean": mean.value, "var": var.value}
-        if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean.value):
-            running["mean"] = mean.value.astype(mean_dtype)  # Flax starts it as a real zero
-        y, batch_stats = batch_norm(
-            params,
-            running,
-            x,
-            use_running_average=flag,
-            axis=self.axis,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            axis_name=None if starting else self.axis_name,
-            axis_index_groups=None if starting else self.axis_index_groups,
-            mask=mask,
-            dtype=dtype,
-        )
-        if not starting and flag is not True:
-            mean.value, var.value = batch_stats["mean"], batch_stats["var"]
-        return y
+        if self.frozen:
+            params = jax.lax.stop_gradient(params)
+        return params
+
+    def _running(self, x: X, features: tuple[int, ...]) -> tuple[nn.Variable[Array], nn.Variable[Array]]:
+        """The running mean and variance. After the parameters, whose keys are then those that Flax gives."""
+        if not self.has_variable("batch_stats", "mean") and not self.is_mutable_collection("batch_stats"):
+            raise error(
+                "linen.BatchNorm",
+                "batch_stats",
+                "missing",
+                "the collection that init returned, or that training updated",
+                "Pass it beside the parameters: apply({'params': params, 'batch_stats': batch_stats}, ...).",
+            )
+        kind = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
+        key = self.make_rng("params") if self.has_rng("params") else None
+        mean = self.variable("batch_stats", "mean", self.mean_init, key, features, kind)
+        var = self.variable("batch_stats", "var", self.var_init, key, features, jnp.float32)
+        return mean, var
+
+    @staticmethod
+    def _like_x(mean: Array, x: X) -> Array:
+        """The mean of complex x is complex; Flax starts it as a real zero."""
+        return mean.astype(jnp.complex64) if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean) else mean
