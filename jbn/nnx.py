@@ -1,0 +1,236 @@
+"""The layer for Flax NNX: variables, and one call into the core."""
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jax.nn.initializers import Initializer, ones, zeros
+from jaxtyping import Array
+
+from jbn._batch_norm import run
+from jbn._checks import error, naming
+from jbn._moments import Moments, merge
+from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
+
+
+class BatchMoments(nnx.Variable[Moments]):
+    """The moments of a layer's batches: the counterpart of linen's collection `batch_moments`."""
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalization, a drop-in for `flax.nnx.BatchNorm`.
+
+        mean = E[x],  var = E[|x - mean|^2],  y = scale * (x - mean) / sqrt(var + epsilon) + bias
+
+    The same constructor and call arguments, defaults, variables (`nnx.Param` scale and bias, `nnx.BatchStat`
+    mean and var) and output dtypes: changing the import is the whole migration, and checkpoints load. What
+    differs from Flax is listed at `jbn.linen.BatchNorm`, and is the same here.
+
+    Args:
+      num_features: the number of channels.
+      use_running_average: True in evaluation, False in training; `model.eval()` and `model.train()` set it,
+        and an argument of the call has precedence.
+      axis: the feature axis.
+      momentum: weighs the OLD statistics, `new = momentum * old + (1 - momentum) * batch`.
+      epsilon: added to the variance.
+      dtype: of y; None: the one that x, the statistics, scale and bias promote to.
+      param_dtype: of scale and bias.
+      use_bias: whether there is a bias (beta).
+      use_scale: whether there is a scale (gamma); a linear layer behind makes it superfluous.
+      bias_init: initializer of bias.
+      scale_init: initializer of scale.
+      axis_name: the mapped axis or axes (of `vmap`, `pmap`, `shard_map`) over which the batch is cut. Needed
+        in training only. Under `jit`, sharded arrays need none.
+      axis_index_groups: groups of devices of that axis that normalize together.
+      use_fast_variance: accepted, and changes nothing: the accurate way is as fast.
+      promote_dtype: decides the dtype of y from (x, mean, var, scale, bias) and `dtype`; nothing is cast.
+      rngs: keys of the initializers.
+      bias_metadata: of the Param bias.
+      scale_metadata: of the Param scale.
+      mean_init: initializer of the running mean; None: zeros.
+      var_init: initializer of the running variance; None: ones.
+      frozen: uses the running statistics, writes nothing, and gives no gradient to scale and bias: the whole
+        layer is a constant, whatever the mode.
+
+    After `jbn.nnx.keep_batch_moments(model)` training leaves the batch's `jbn.Moments` in the variable
+    `batch_moments`, merged with those that are there already: recalibration and gradient accumulation read
+    them.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn.nnx
+      >>> from flax import nnx
+      >>> layer = jbn.nnx.BatchNorm(1, momentum=0.9, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.array([[1.0], [3.0]]))
+      >>> print(y[:, 0], layer.mean[...])
+      [-0.999995  0.999995] [0.2]
+
+    Reference: Ioffe and Szegedy 2015, arXiv 1502.03167.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: Axes = -1,
+        momentum: float | Array = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        axis_name: AxisName | None = None,
+        axis_index_groups: AxisIndexGroups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        mean_init: Initializer | None = None,
+        var_init: Initializer | None = None,
+        frozen: bool = False,
+    ) -> None:
+        """Makes the variables; the arguments are those of the class."""
+        shape = (num_features,)
+        scale = (
+            nnx.Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata) if use_scale else None
+        )
+        bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata) if use_bias else None
+        self.scale, self.bias = nnx.data(scale), nnx.data(bias)
+        # Without an initializer no key is drawn, so that the layers behind get the keys that Flax gives them.
+        mean = (
+            jnp.zeros(shape, jnp.float32)
+            if mean_init is None
+            else mean_init(rngs.params(), shape, jnp.float32)
+        )
+        var = (
+            jnp.ones(shape, jnp.float32) if var_init is None else var_init(rngs.params(), shape, jnp.float32)
+        )
+        self.mean, self.var = nnx.BatchStat(mean), nnx.BatchStat(var)
+        self.batch_moments: BatchMoments | None = nnx.data(None)
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.frozen = frozen
+
+    def __call__(
+        self,
+        x: X,
+        use_running_average: Flag | None = None,
+        *,
+        mask: Array | None = None,
+        update_batch_stats: bool = True,
+    ) -> Array:
+        """Normalizes x, and in training updates the running statistics.
+
+        Args:
+          x: any shape of at least one axis.
+          use_running_average: True in evaluation, False in training; None: what the layer was set to.
+          mask: bool, or weights from 0 up: x's rank and broadcastable to x, or aligned with x's leading
+            non-feature axes (`[N]`, `[N, T]`).
+          update_batch_stats: False uses the statistics of the batch in training, and writes nothing.
+
+        Returns:
+          y, of x's shape.
+
+        Raises:
+          ValueError: an argument that does not fit, or no mode at all.
+          NameError: an axis name that nothing binds, in training.
+        """
+        with naming("BatchNorm"):
+            flag = True if self.frozen else self._mode(use_running_average)
+            params: dict[str, Array] = {}
+            for name, param in (("scale", self.scale), ("bias", self.bias)):
+                if param is not None:
+                    params[name] = param[...]
+            mean = self.mean[...]
+            if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
+                mean = mean.astype(jnp.complex64)
+            y, batch_stats, moments = run(
+                jax.lax.stop_gradient(params) if self.frozen else params,
+                {"mean": mean, "var": self.var[...]},
+                x,
+                use_running_average=flag,
+                axis=self.axis,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                axis_name=self.axis_name,
+                axis_index_groups=self.axis_index_groups,
+                mask=mask,
+                dtype=self._output_dtype(x, params),
+            )
+        if update_batch_stats and flag is not True:
+            self.mean[...], self.var[...] = batch_stats["mean"], batch_stats["var"]
+        if moments is not None and self.batch_moments is not None:
+            self.batch_moments.set_value(merge(self.batch_moments.get_value(), moments))
+        return y
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Sets the mode of a view of the model; called by `nnx.view`."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def _mode(self, argument: Flag | None) -> Flag:
+        """The mode of the call, else of the layer."""
+        flag = self.use_running_average if argument is None else argument
+        if flag is None:
+            raise error(
+                "nnx.BatchNorm",
+                "use_running_average",
+                "missing",
+                "it in the constructor or in the call",
+                "Call model.train() or model.eval(), or pass use_running_average=False in training and "
+                "True in evaluation.",
+            )
+        return flag
+
+    def _output_dtype(self, x: X, params: Mapping[str, Array]) -> Dtype:
+        """The dtype that Flax's rule gives y, or the one that the caller's `promote_dtype` gives."""
+        arrays = (x, self.mean[...], self.var[...], params.get("scale"), params.get("bias"))
+        promote = functools.partial(self.promote_dtype, dtype=self.dtype)
+
+        def a_value(arrays: tuple[Array | None, ...]) -> Array:
+            x, _, _, scale, bias = promote(arrays)
+            return jnp.zeros((), dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
+
+        with jax.numpy_dtype_promotion("standard"):  # also where promotion is strict
+            return jax.eval_shape(a_value, arrays).dtype
+
+
+def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
+    """Gives every batch norm of a model a variable for the moments of its batches, with no rows in it yet.
+
+    Args:
+      model: whose layers `jbn.nnx.BatchNorm` are changed.
+      keep: False takes the variables away again.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn.nnx
+      >>> from flax import nnx
+      >>> layer = jbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jbn.nnx.keep_batch_moments(layer)
+      >>> _ = layer(jnp.array([[1.0], [3.0]])), layer(jnp.array([[5.0]]).repeat(2, 0))
+      >>> print(layer.batch_moments.get_value().mean)
+      [3.5]
+    """
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, BatchNorm):
+            zero = jnp.zeros_like(layer.var[...])
+            layer.batch_moments = nnx.data(BatchMoments(Moments(zero, zero, zero)) if keep else None)
