@@ -1,5 +1,11 @@
 """The layer for Flax linen: variables, and one call into the core."""
 
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +17,8 @@ from jbn._batch_norm import run
 from jbn._checks import check_x, error, feature_shape, naming
 from jbn._moments import merge
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
+
+_OVERRIDES: ContextVar[dict[str, Any]] = ContextVar("overrides", default={})  # noqa: B039 - never changed
 
 
 class BatchNorm(nn.Module):
@@ -191,3 +199,56 @@ class BatchNorm(nn.Module):
     def _like_x(mean: Array, x: X) -> Array:
         """The mean of complex x is complex; Flax starts it as a real zero."""
         return mean.astype(jnp.complex64) if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean) else mean
+
+
+@contextlib.contextmanager
+def replace_batch_norm(**overrides: Any) -> Iterator[None]:
+    """Makes every `flax.linen.BatchNorm` that is applied inside run as `jbn.linen.BatchNorm`.
+
+    Models that somebody else wrote get accurate, masked or synchronised batch norm with no edit. Parameters,
+    statistics, modes and settings stay as they are, except for the overrides. Subclasses of Flax's layer, and
+    all other layers, are left alone. Contexts nest, inner overrides first, and hold for one thread.
+
+    Args:
+      **overrides: fields of `jbn.linen.BatchNorm` that get these values in all layers.
+
+    Raises:
+      ValueError: an override that is no field of the layer.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.linen
+      >>> model, x = nn.BatchNorm(use_running_average=False), jnp.array([[1.0], [3.0]])
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> with jbn.linen.replace_batch_norm(momentum=0.5):
+      ...     y, new = model.apply(variables, x, mutable=["batch_stats"])
+      >>> print(new["batch_stats"]["mean"])
+      [1.]
+    """
+    fields = {field.name for field in dataclasses.fields(BatchNorm)} - {"parent", "name"}
+    if unknown := sorted(set(overrides) - fields):
+        raise error(
+            "linen.replace_batch_norm",
+            "overrides",
+            ", ".join(unknown),
+            f"fields of jbn.linen.BatchNorm ({', '.join(sorted(fields))})",
+            "Check the spelling.",
+        )
+
+    merged = _OVERRIDES.get() | overrides
+
+    def intercept(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        flax_layer = context.module
+        if type(flax_layer) is not nn.BatchNorm or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        settings = {name: getattr(flax_layer, name) for name in fields if hasattr(flax_layer, name)}
+        scope: Any = flax_layer.scope  # ours has its variables where Flax's has them
+        return BatchNorm(**(settings | merged), parent=scope)(*args, **kwargs)
+
+    token = _OVERRIDES.set(merged)
+    try:
+        with nn.intercept_methods(intercept):
+            yield
+    finally:
+        _OVERRIDES.reset(token)

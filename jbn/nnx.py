@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,21 @@ from jbn._batch_norm import run
 from jbn._checks import error, naming
 from jbn._moments import Moments, merge
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+_SETTINGS = (
+    "use_running_average",
+    "axis",
+    "momentum",
+    "epsilon",
+    "dtype",
+    "axis_name",
+    "axis_index_groups",
+    "use_fast_variance",
+    "promote_dtype",
+    "frozen",
+)
 
 
 class BatchMoments(nnx.Variable[Moments]):
@@ -234,3 +249,48 @@ def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
         if isinstance(layer, BatchNorm):
             zero = jnp.zeros_like(layer.var[...])
             layer.batch_moments = nnx.data(BatchMoments(Moments(zero, zero, zero)) if keep else None)
+
+
+def replace_batch_norm(model: Model, **overrides: Any) -> Model:
+    """A model in which every `flax.nnx.BatchNorm` is a `jbn.nnx.BatchNorm`.
+
+    Models that somebody else wrote get accurate, masked or synchronised batch norm with no edit. The layers
+    are changed in place, wherever in the model they are held, and share their variables, modes and settings
+    with what they were, except for the overrides. Subclasses of Flax's layer, and all other layers, are left
+    alone.
+
+    Args:
+      model: any NNX module, a single batch norm included.
+      **overrides: attributes of `jbn.nnx.BatchNorm` that get these values in all layers.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: an override that is no attribute of the layer.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn.nnx
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(1)))
+      >>> model = jbn.nnx.replace_batch_norm(model, axis_name="data")
+      >>> type(model.layers[1]).__module__, model.layers[1].axis_name
+      ('jbn.nnx', 'data')
+    """
+    if unknown := sorted(set(overrides) - set(_SETTINGS)):
+        raise error(
+            "nnx.replace_batch_norm",
+            "overrides",
+            ", ".join(unknown),
+            f"settings of jbn.nnx.BatchNorm ({', '.join(_SETTINGS)})",
+            "Check the spelling.",
+        )
+    layer: Any
+    for _, layer in list(nnx.iter_modules(model)):
+        if type(layer) is nnx.BatchNorm:
+            # The class alone: wherever the layer is held, and by however many, it stays one object.
+            layer.__class__ = BatchNorm
+            layer.batch_moments, layer.frozen = nnx.data(None), False
+            for name, value in overrides.items():
+                setattr(layer, name, value)
+    return model
