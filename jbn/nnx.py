@@ -285,9 +285,9 @@ def replace_batch_norm(model: Model, **overrides: Any) -> Model:
             f"settings of jbn.nnx.BatchNorm ({', '.join(_SETTINGS)})",
             "Check the spelling.",
         )
-    layer: Any
-    for _, layer in list(nnx.iter_modules(model)):
-        if type(layer) is nnx.BatchNorm:
+    for _, module in list(nnx.iter_modules(model)):
+        layer: Any = module
+        if type(module) is nnx.BatchNorm:
             # The class alone: wherever the layer is held, and by however many, it stays one object.
             layer.__class__ = BatchNorm
             layer.batch_moments, layer.frozen = nnx.data(None), False
