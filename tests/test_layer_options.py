@@ -1,0 +1,171 @@
+"""What the linen layer offers on top of Flax's, and what it says when it is used wrongly."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+import jbn.linen
+from tests.cases import assert_close, assert_trees_close, tolerance
+
+X = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+COTANGENT = np.random.default_rng(1).standard_normal((8, 3)).astype(np.float32)
+NORMAL = (X - X.mean(0)) / np.sqrt(X.var(0) + 1e-5)
+
+
+def start(**settings):
+    layer = jbn.linen.BatchNorm(**settings)
+    return layer, layer.init(jax.random.key(0), X, **({} if settings else {"use_running_average": True}))
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, **options):
+        shared = jbn.linen.BatchNorm(name="bn")
+        return shared(x[:5], **options), shared(x[5:], **options)
+
+
+def test_initial_statistics():
+    keyed = jax.nn.initializers.normal()
+    layer, variables = start(
+        use_running_average=True, mean_init=keyed, var_init=nn.initializers.constant(2), scale_init=keyed
+    )
+    assert float(jnp.abs(variables["batch_stats"]["mean"]).min()) > 0
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], np.full(3, 2, np.float32))
+    with jax.numpy_dtype_promotion("standard"):
+        flax = nn.BatchNorm(use_running_average=True, scale_init=keyed).init(jax.random.key(0), X)
+    np.testing.assert_array_equal(variables["params"]["scale"], flax["params"]["scale"])
+
+
+def test_update_batch_stats_false_uses_the_batch_and_writes_nothing():
+    layer, variables = start(use_running_average=False)
+    y = layer.apply(variables, X, update_batch_stats=False)
+    assert_close(y, NORMAL, tolerance(np.float32))
+    _, new = layer.apply(variables, X, update_batch_stats=False, mutable=["batch_stats"])
+    assert_trees_close(new["batch_stats"], variables["batch_stats"], 0.0)
+
+
+@pytest.mark.parametrize("mode", [True, False, None])
+def test_frozen_is_a_constant(mode):
+    """Running statistics, bit-equal variables after training steps, dx = g scale rsqrt(var + eps), no other."""
+    layer = jbn.linen.BatchNorm(frozen=True, use_running_average=mode)
+    variables = {
+        "params": {"scale": np.array([1, 2, 3], np.float32), "bias": np.ones(3, np.float32)},
+        "batch_stats": {"mean": np.ones(3, np.float32), "var": np.array([1, 4, 9], np.float32)},
+    }
+
+    @jax.jit
+    def step(variables, x):
+        y, pullback, new = jax.vjp(
+            lambda params, x: layer.apply(variables | {"params": params}, x, mutable=["batch_stats"]),
+            variables["params"],
+            x,
+            has_aux=True,
+        )
+        return y, pullback(jnp.asarray(COTANGENT)), new["batch_stats"]
+
+    for _ in range(3):
+        y, (d_params, dx), new = step(variables, X)
+        assert_trees_close(new, variables["batch_stats"], 0.0)
+    factor = np.array([1, 2, 3]) / np.sqrt(np.array([1, 4, 9]) + 1e-5)
+    assert_close(y, (X - 1) * factor + 1, tolerance(np.float32))
+    assert_close(dx, COTANGENT * factor, tolerance(np.float32))
+    for gradient in jax.tree.leaves(d_params):
+        np.testing.assert_array_equal(gradient, np.zeros(3, np.float32))
+
+
+def test_batch_moments_are_left_where_they_are_asked_for():
+    layer, variables = start(use_running_average=False)
+    _, new = layer.apply(variables, X, mutable=["batch_stats", "batch_moments"])
+    assert_trees_close(new["batch_moments"]["moments"], jbn.moments(X), tolerance(np.float32))
+    _, new = layer.apply(variables, X, mutable=["batch_stats"])
+    assert "batch_moments" not in new
+    _, new = layer.apply(variables, X, use_running_average=None, update_batch_stats=False, mutable=["batch_moments"])
+    assert_trees_close(new["batch_moments"]["moments"], jbn.moments(X), tolerance(np.float32))
+
+
+def test_batch_moments_of_a_shared_layer_and_of_micro_batches_are_pooled():
+    net = Net()
+    variables = net.init(jax.random.key(0), X, use_running_average=True)
+    _, new = net.apply(variables, X, use_running_average=False, mutable=["batch_stats", "batch_moments"])
+    assert_trees_close(new["batch_moments"]["bn"]["moments"], jbn.moments(X), tolerance(np.float32))
+    layer, variables = start(use_running_average=False)
+    for rows in (X[:2], X[2:]):
+        _, new = layer.apply(variables, rows, mutable=["batch_stats", "batch_moments"])
+        variables = variables | {"batch_moments": new["batch_moments"]}
+    assert_trees_close(new["batch_moments"]["moments"], jbn.moments(X), tolerance(np.float32))
+
+
+def test_init_keeps_no_moments():
+    variables = jbn.linen.BatchNorm(use_running_average=False).init(jax.random.key(0), X)
+    assert set(variables) == {"params", "batch_stats"}
+
+
+def apply(x=X, drop=(), mutable=(), layer=None, **options):
+    net = layer or Net()
+    variables = net.init(jax.random.key(0), X, use_running_average=True)
+    variables = {name: tree for name, tree in variables.items() if name not in drop}
+    return net.apply(variables, x, mutable=list(mutable), **options)
+
+
+TEXTS = {
+    "immutable statistics": (
+        lambda: apply(use_running_average=False),
+        "BatchNorm 'bn': jbn.linen.BatchNorm: batch_stats is immutable in training. Expected a collection that "
+        "can be updated. Call apply(..., mutable=['batch_stats']) and keep the statistics it returns, or pass "
+        "update_batch_stats=False or use_running_average=True.",
+    ),
+    "missing statistics": (
+        lambda: apply(drop=("batch_stats",), use_running_average=True),
+        "BatchNorm 'bn': jbn.linen.BatchNorm: batch_stats is missing. Expected the collection that init returned, "
+        "or that training updated. Pass it beside the parameters: apply({'params': params, 'batch_stats': "
+        "batch_stats}, ...).",
+    ),
+    "missing mode": (
+        lambda: apply(mutable=["batch_stats"]),
+        "BatchNorm 'bn': jbn.linen.BatchNorm: use_running_average is missing. Expected it in the constructor or "
+        "in the call, once. Pass use_running_average=False in training and True in evaluation.",
+    ),
+    "mode said twice": (
+        lambda: jbn.linen.BatchNorm(True).init(jax.random.key(0), X, use_running_average=True),
+        "BatchNorm: jbn.linen.BatchNorm: use_running_average is given twice. Expected it in the constructor or in "
+        "the call, once. Pass use_running_average=False in training and True in evaluation.",
+    ),
+    "statistics of another size": (
+        lambda: jbn.linen.BatchNorm(True, use_scale=False, use_bias=False).apply(
+            {"batch_stats": jbn.init(4)[1]}, X
+        ),
+        "BatchNorm: jbn.batch_norm: batch_stats['mean'] is float32[4]. Expected shape (3,). Pass "
+        "jbn.init(features) for as many features as x has, or set axis to x's feature axis.",
+    ),
+    "unbound axis": (
+        lambda: jbn.linen.BatchNorm(False, axis_name="data").apply(
+            jbn.linen.BatchNorm(False).init(jax.random.key(0), X), X, mutable=["batch_stats"]
+        ),
+        "BatchNorm: jbn.batch_norm: axis_name is 'data', which nothing around the call binds. Expected a name "
+        "bound by shard_map, pmap or vmap. Run the training step inside one of them with this axis name, or "
+        "leave axis_name out: under jit, sharded arrays are synchronised without it.",
+    ),
+    "a traced mode with immutable statistics": (
+        lambda: jax.jit(lambda flag: apply(use_running_average=flag))(True),
+        "BatchNorm 'bn': jbn.linen.BatchNorm: batch_stats is immutable in training. Expected a collection that "
+        "can be updated. Call apply(..., mutable=['batch_stats']) and keep the statistics it returns, or pass "
+        "update_batch_stats=False or use_running_average=True.",
+    ),
+    "unknown override": (
+        lambda: jbn.linen.replace_batch_norm(axis_nane="data").__enter__(),
+        "jbn.linen.replace_batch_norm: overrides is axis_nane. Expected fields of jbn.linen.BatchNorm (axis, "
+        "axis_index_groups, axis_name, bias_init, dtype, epsilon, force_float32_reductions, frozen, mean_init, "
+        "momentum, param_dtype, scale_init, use_bias, use_fast_variance, use_running_average, use_scale, "
+        "var_init). Check the spelling.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("wrong", "text"), TEXTS.values(), ids=TEXTS)
+def test_error_text_names_the_layer_and_its_path(wrong, text):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
+        wrong()
+    assert str(caught.value) == text
