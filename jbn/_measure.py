@@ -93,7 +93,7 @@ def _shift(x: X, weights: Array | None, axes: tuple[int, ...]) -> Array:
     The first n of N examples bound (shift - mean)^2 by N/n times the variance, so that however far out they
     lie, the relative error of the variance stays below N/n times that of a sum. All rows, at the price of
     one more pass, are taken where the first cannot be: under a mask they may be padding, and a dimension
-    that is sharded over an explicit mesh axis cannot be cut.
+    that is sharded over an explicit mesh axis, or whose size is symbolic, cannot be cut.
     """
     dtype = wide(x.dtype)
     if not all(x.shape[axis] for axis in axes):
@@ -112,7 +112,7 @@ def _shift(x: X, weights: Array | None, axes: tuple[int, ...]) -> Array:
 
 def _first_rows(x: X, axes: tuple[int, ...]) -> X:
     """As many leading examples as hold `_SHIFT_ROWS` rows, cut before any conversion of dtype."""
-    if not axes or spec(x)[axes[0]] is not None:
+    if not axes or spec(x)[axes[0]] is not None or not all(isinstance(x.shape[a], int) for a in axes):
         return x
     rows_per_example = math.prod(x.shape[axis] for axis in axes[1:])
     examples = min(x.shape[axes[0]], math.ceil(_SHIFT_ROWS / rows_per_example))
@@ -175,7 +175,7 @@ def _over_many_devices(local: Measured, reduction: Reduction) -> Measured:
     total, values, shift, rest, var = local
     lowest = jnp.full_like(shift, -jnp.inf)
     common = reduction.pmax(lax.stop_gradient(jnp.where(total > 0, shift + rest, lowest)))
-    common = jnp.where(common == lowest, jnp.zeros_like(common), common)
+    common = jnp.where(jnp.isneginf(common), jnp.zeros_like(common), common)
     offset = jnp.where(total > 0, (shift - common) + rest, jnp.zeros_like(rest))
     sums = jnp.stack([total, values, total * offset, total * (var + offset * offset)])
     total, values, first, second = reduction.psum(sums)

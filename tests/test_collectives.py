@@ -201,11 +201,12 @@ def test_groups_are_mesh_axes_elsewhere():
 @pytest.mark.parametrize("kind", ["vmap", "shard_map"])
 def test_groups_where_jax_has_none_are_an_error_with_the_way_out(kind, apply):
     run = functools.partial(apply, PARAMS, axis_index_groups=GROUPS)
+    if kind == "vmap":
+        run, x = jax.vmap(run, axis_name="data"), X.reshape(8, 8, 4)
+    else:
+        run, x = jax.shard_map(run, mesh=mesh(), in_specs=P("data"), out_specs=P("data")), X
     with pytest.raises(ValueError, match=r"axis_index_groups is .* Split the axis in two.* as axis_name"):
-        if kind == "vmap":
-            jax.eval_shape(jax.vmap(run, axis_name="data"), X.reshape(8, 8, 4))
-        else:
-            jax.eval_shape(jax.shard_map(run, mesh=mesh(), in_specs=P("data"), out_specs=P("data")), X)
+        jax.eval_shape(run, x)
 
 
 @both

@@ -86,7 +86,7 @@ def test_one_device_is_the_closed_form(name):
     """What the others are compared with."""
     params, x, mask, cotangent = make(masks()[name])
     result, used = on_one_device(core, name), reference.full_weights(x, -1, mask) > 0
-    count, mean, var = (part.reshape(-1) for part in reference.statistics(x, -1, mask))
+    _, mean, var = (part.reshape(-1) for part in reference.statistics(x, -1, mask))
     assert_close(
         result.y,
         reference.normalize(x, -1, params["scale"], params["bias"], 1e-5, mask),

@@ -1,4 +1,4 @@
-"""What the documentation shows runs: docstring examples, the Python blocks of README and docs/, the two commands."""
+"""What the documentation shows runs: docstring examples, and the Python blocks of README and docs/."""
 
 import doctest
 import importlib
@@ -17,7 +17,7 @@ MODULES = [jbn.__name__, *(module.name for module in pkgutil.walk_packages(jbn._
 
 
 def blocks(page, language):
-    """The page's fenced blocks in that language, each under as many empty lines as lie above it in the page."""
+    """The page's fenced blocks in that language, moved down by empty lines to where each stands in it."""
     text = page.read_text(encoding="utf-8")
     found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in found]

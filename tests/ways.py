@@ -7,12 +7,9 @@ together: y and dx as one batch, the gradients of the parameters summed, the sta
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,7 +68,7 @@ class Way:
         return jax.jit(self._stacked(step))
 
     def _pmap(self, step):
-        """`pmap` looks for the size of the axis in the wrong array where an argument is None: those stay out."""
+        """An argument that is None stays out: `pmap` would take the size of the axis from another array."""
         mapped = functools.partial(jax.pmap, axis_name=self.axes[0])
         masked = mapped(step, in_axes=(None, 0, 0, 0))
         bare = mapped(lambda params, x, cotangent: step(params, x, None, cotangent), in_axes=(None, 0, 0))
@@ -115,7 +112,7 @@ class Way:
         return stacked
 
     def _shard_map(self, step):
-        """Under check_vma the gradients of replicated parameters arrive summed, and JAX proves what is equal."""
+        """Under check_vma gradients of replicated parameters arrive summed, and JAX proves what is equal."""
         split = P(self.axes)
         run = jax.shard_map(
             step,

@@ -1,0 +1,260 @@
+"""State in, state out, and the odd batches: what people met elsewhere, by behaviour."""
+
+import functools
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+import jbn.linen
+from tests.cases import assert_close, assert_trees_close, tolerance
+
+TOLERANCE = tolerance(np.float32)
+PARAMS, BATCH_STATS = jbn.init(3)
+X = (np.random.default_rng(0).standard_normal((8, 3)) * 2 + 1).astype(np.float32)
+MASK = np.arange(8) < 5
+
+
+def core(batch_stats, x, flag=False, params=None, **settings):
+    return jbn.batch_norm(params, batch_stats, x, use_running_average=flag, **settings)
+
+
+def linen(batch_stats, x, flag=False, params=None, **settings):
+    call = {"mask": settings.pop("mask")} if "mask" in settings else {}
+    layer = jbn.linen.BatchNorm(use_scale=params is not None, use_bias=params is not None, **settings)
+    variables = {"batch_stats": batch_stats} | ({} if params is None else {"params": params})
+    y, new = layer.apply(variables, x, use_running_average=flag, mutable=["batch_stats"], **call)
+    return y, new["batch_stats"]
+
+
+both = pytest.mark.parametrize("door", [core, linen])
+
+
+def rows(*values):
+    return np.asarray(values, np.float32).reshape(len(values), -1)
+
+
+def assert_stats(batch_stats, mean, var):
+    assert_close(batch_stats["mean"], np.asarray(mean), TOLERANCE)
+    assert_close(batch_stats["var"], np.asarray(var), TOLERANCE)
+
+
+@both
+def test_masked_rows_are_not_counted(door):
+    x, mask = rows([1, 5], [2, 5], [9, 9]), np.array([True, True, False])
+    y, new = door(jbn.init(2)[1], x, mask=mask, momentum=0.0)
+    assert_stats(new, [1.5, 5], [0.25, 0])
+    assert_close(y[:2], np.array([[-1, 0], [1, 0]]) * 0.5 / np.sqrt(0.25 + 1e-5), TOLERANCE)
+
+
+@both
+def test_padding_does_not_shift_the_statistics(door):
+    x = rows(4, 6, 5, 0, 0, 0, 0, 0)
+    assert_stats(door(jbn.init(1)[1], x, mask=np.arange(8) < 3, momentum=0.0)[1], [5], [2 / 3])
+
+
+@both
+def test_a_batch_that_is_masked_out_changes_nothing_and_has_no_gradient(door):
+    start, params = {"mean": rows(3)[0], "var": rows(7)[0]}, jbn.init(1)[0]
+
+    def step(params, x):
+        return door(start, x, params=params, mask=np.zeros(4, bool))
+
+    y, pullback, new = jax.vjp(step, params, rows(1, 2, 3, 4), has_aux=True)
+    assert np.isfinite(y).all()
+    assert_trees_close(new, start, 0.0)
+    for gradient in jax.tree.leaves(pullback(jnp.asarray(rows(1, -2, 3, 5)))):
+        np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
+@both
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1, 1, 3)])
+def test_one_value_per_channel_in_training_is_an_error_that_says_what_to_do(door, shape):
+    with pytest.raises(
+        ValueError, match=r"one value per channel.*larger batch.*use_running_average.*axis_name"
+    ):
+        door(BATCH_STATS, np.zeros(shape, np.float32))
+    y, _ = door(BATCH_STATS, np.ones(shape, np.float32), flag=True)
+    assert_close(y, np.ones(shape) / np.sqrt(1 + 1e-5), TOLERANCE)
+
+
+@both
+def test_a_batch_of_no_rows_changes_nothing(door):
+    y, new = door(BATCH_STATS, np.zeros((0, 3), np.float32))
+    assert y.shape == (0, 3)
+    assert_trees_close(new, BATCH_STATS, 0.0)
+
+
+@both
+def test_unequal_devices_weigh_by_count(door):
+    """[1, 2, 3, 4] and one 10: mean 4 and variance 10, on both."""
+    x, mask = rows(1, 2, 3, 4, 10, 0, 0, 0).reshape(2, 4, 1), np.array([[1, 1, 1, 1], [1, 0, 0, 0]], bool)
+    run = functools.partial(door, jbn.init(1)[1], axis_name="data", momentum=0.0)
+    _, new = jax.vmap(lambda x, mask: run(x, mask=mask), axis_name="data")(x, mask)
+    assert_stats(new, [[4], [4]], [[10], [10]])
+
+
+@both
+def test_a_device_without_rows_harms_nobody(door):
+    x, mask = rows(1, 2, 3, 4, *[np.nan] * 4).reshape(2, 4, 1), np.array([[True] * 4, [False] * 4])
+    run = functools.partial(door, jbn.init(1)[1], axis_name="data", momentum=0.0)
+    y, new = jax.vmap(lambda x, mask: run(x, mask=mask), axis_name="data")(x, mask)
+    assert_stats(new, [[2.5], [2.5]], [[1.25], [1.25]])
+    assert np.isfinite(y).all()
+
+
+@both
+def test_two_batches_are_not_their_concatenation(door):
+    first, second = rows(0, 2), rows(10, 12)
+    for x in (first, second):
+        assert_close(door(jbn.init(1)[1], x, epsilon=0.0)[0], rows(-1, 1), TOLERANCE)
+    joint, _ = door(jbn.init(1)[1], np.concatenate([first, second]), epsilon=0.0)
+    np.testing.assert_allclose(joint, rows(-1.18, -0.78, 0.78, 1.18), atol=5e-3)
+
+
+@pytest.mark.parametrize("axis_name", [None, "data"])
+def test_one_layer_used_twice_in_a_step(axis_name):
+    """From the same variables both are valid and differentiable; in sequence, the second update follows."""
+    cotangent = np.random.default_rng(1).standard_normal(X.shape).astype(np.float32)
+
+    def one(params, batch_stats, x):
+        apply = functools.partial(core, params=params, axis_name=axis_name)
+        if axis_name is None:
+            return apply(batch_stats, x)
+        run = jax.vmap(apply, in_axes=(None, 0), out_axes=(0, None), axis_name="data")
+        y, new = run(batch_stats, x.reshape(2, 4, 3))
+        return y.reshape(8, 3), new
+
+    def twice(params):
+        y, new = one(params, BATCH_STATS, jnp.asarray(X))
+        z, newer = one(params, new, 2 * jnp.asarray(X) + 1)
+        return jnp.sum((y + z**2) * cotangent), newer
+
+    gradient, newer = jax.jit(jax.grad(twice, has_aux=True))(PARAMS)
+    mean, var, xhat = X.mean(0), X.var(0), (X - X.mean(0)) / np.sqrt(X.var(0) + 1e-5)
+    assert_close(newer["mean"], 0.99 * 0.01 * mean + 0.01 * (2 * mean + 1), TOLERANCE)
+    assert_close(newer["var"], 0.99 * (0.99 + 0.01 * var) + 0.01 * 4 * var, TOLERANCE)
+    xhat2 = 2 * (X - X.mean(0)) / np.sqrt(4 * X.var(0) + 1e-5)
+    assert_close(gradient["bias"], (cotangent * (1 + 2 * xhat2)).sum(0), TOLERANCE)
+    assert_close(gradient["scale"], (cotangent * (xhat + 2 * xhat2**2)).sum(0), TOLERANCE)
+
+
+def test_micro_batches_merged_are_one_update():
+    x = (np.random.default_rng(0).standard_normal((64, 3)) * 2 + 5).astype(np.float32)
+    merged = jbn.merge(*(jbn.moments(part) for part in np.split(x, 4)))
+    new = jbn.update(BATCH_STATS, merged, momentum=0.9)
+    assert_trees_close(new, core(BATCH_STATS, x, momentum=0.9)[1], TOLERANCE)
+
+
+@both
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_traced_mode_is_the_static_one(door, flag):
+    run = jax.jit(functools.partial(door, params=PARAMS, mask=MASK))
+    found = run(BATCH_STATS, X, jnp.array(flag))
+    assert_trees_close(found, door(BATCH_STATS, X, flag, params=PARAMS, mask=MASK), TOLERANCE)
+
+
+@both
+@pytest.mark.parametrize("flag", [True, False, "traced"])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+def test_statistics_come_back_as_they_went_in_and_nothing_recompiles(door, flag, mask):
+    settings = {} if mask is None else {"mask": mask}
+    # Mode and donation as in a training loop: what comes back goes in again.
+    step = jax.jit(
+        lambda stats, x, mode: door(stats, x, mode if flag == "traced" else flag, PARAMS, **settings),
+        donate_argnums=0,
+    )
+    batch_stats = jax.tree.map(jnp.array, BATCH_STATS)
+    for _ in range(3):
+        before = jax.tree.map(jax.typeof, batch_stats)
+        y, batch_stats = step(batch_stats, X, jnp.array(True))
+        assert jax.tree.map(jax.typeof, batch_stats) == before
+        assert np.isfinite(y).all()
+    assert step._cache_size() == 1
+
+
+@both
+def test_every_kind_of_mapping_and_array(door):
+    """Flax's frozen dictionaries and NumPy arrays, as checkpoints give them."""
+    expected = door(BATCH_STATS, X, params=PARAMS)
+    plain = jax.tree.map(np.asarray, (BATCH_STATS, PARAMS))
+    for wrap in (flax.core.freeze, dict):
+        y, new = door(wrap(plain[0]), X, params=wrap(plain[1]))
+        assert_close(y, expected[0], 0.0)
+        assert_trees_close(dict(new), dict(expected[1]), 0.0)
+    _, new = core(flax.core.freeze(BATCH_STATS), X)
+    assert isinstance(new, flax.core.FrozenDict)
+
+
+def test_scale_and_bias_of_every_example():
+    """Conditional batch norm: parameters of x's rank, with the gradients of a composition."""
+    scale, bias, cotangent = np.random.default_rng(2).standard_normal((3, 8, 3)).astype(np.float32)
+
+    def composed(params, x):
+        y, _ = core(None, x)
+        return jnp.sum((params["scale"] * y + params["bias"]) * cotangent)
+
+    def direct(params, x):
+        return jnp.sum(core(None, x, params=params)[0] * cotangent)
+
+    params = {"scale": scale, "bias": bias}
+    found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, X) for f in (direct, composed))
+    assert_trees_close(found, expected, TOLERANCE)
+
+
+@both
+def test_ahead_of_time_compilation(door):
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (BATCH_STATS, X))
+    run = jax.jit(door).lower(*shapes).compile()
+    assert_trees_close(run(BATCH_STATS, X), door(BATCH_STATS, X), TOLERANCE)
+
+
+def step(params, x):
+    """A whole training step, masked, with NaN where the mask takes out."""
+
+    def loss(params, x):
+        y, new = core(BATCH_STATS, x, params=params, mask=MASK)
+        return jnp.sum(jnp.sin(y)), new
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+
+POISONED = np.where(MASK[:, None], X, np.float32(np.nan))
+
+
+def test_no_tracer_leaks():
+    with jax.checking_leaks():
+        jax.block_until_ready(jax.jit(step)(PARAMS, POISONED))
+
+
+def test_masked_nans_are_no_debugging_matter():
+    with jax.debug_nans(True):
+        (d_params, dx), new = jax.jit(step)(PARAMS, POISONED)
+    for array in jax.tree.leaves((d_params, dx, new)):
+        assert np.isfinite(array).all()
+    np.testing.assert_array_equal(dx[~MASK], np.zeros((3, 3), np.float32))
+
+
+def test_without_jit():
+    expected = jax.jit(step)(PARAMS, POISONED)
+    with jax.disable_jit():
+        assert_trees_close(step(PARAMS, POISONED), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+def test_any_rank(rank):
+    """From 1 up: a vector is one value per channel, several of them under vmap."""
+    x = np.random.default_rng(0).standard_normal((6,) * (rank - 1) + (3,)).astype(np.float32)
+    if rank == 1:
+        x = X
+        y, new = jax.vmap(functools.partial(core, axis_name="data"), (None, 0), (0, None), axis_name="data")(
+            BATCH_STATS, x
+        )
+    else:
+        y, new = core(BATCH_STATS, x)
+    axes = tuple(range(x.ndim - 1))
+    assert_close(y, (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-5), TOLERANCE)
+    assert_close(new["mean"], 0.01 * x.mean(axes), TOLERANCE)

@@ -1,0 +1,254 @@
+"""One update per step and the same answer under every transform of JAX and of Flax; nothing recompiles."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+import jbn.linen
+from tests.cases import assert_close, assert_trees_close, tolerance
+
+TOLERANCE = tolerance(np.float32)
+PARAMS, BATCH_STATS = jbn.init(3)
+X = (np.random.default_rng(0).standard_normal((8, 3)) * 2 + 1).astype(np.float32)
+COTANGENT = np.random.default_rng(1).standard_normal((8, 3)).astype(np.float32)
+MASK = np.arange(8) < 5
+
+
+def train(params, batch_stats, x, **settings):
+    return jbn.batch_norm(params, batch_stats, x, use_running_average=False, momentum=0.9, **settings)
+
+
+def evaluate(params, batch_stats, x, **settings):
+    return jbn.batch_norm(params, batch_stats, x, use_running_average=True, **settings)
+
+
+def layer(**settings):
+    return jbn.linen.BatchNorm(momentum=0.9, **settings)
+
+
+class Block(nn.Module):
+    """Dense and batch norm, with the signature that `nn.scan` wants."""
+
+    training: bool = True
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        x = nn.Dense(x.shape[-1])(x)
+        return layer(use_running_average=not self.training, axis_name=self.axis_name)(x), None
+
+
+def gradients(function, *arguments):
+    """Of the first result of `function`, with a fixed cotangent; the second result comes along."""
+    y, pullback, aux = jax.vjp(function, *arguments, has_aux=True)
+    return y, aux, pullback(jnp.asarray(COTANGENT))
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+def test_checkpoint_updates_once(mask):
+    def step(params, x):
+        return train(params, BATCH_STATS, x, mask=mask)
+
+    plain = jax.jit(functools.partial(gradients, step))(PARAMS, X)
+    assert_close(plain[1]["mean"], 0.1 * (X if mask is None else X[mask]).mean(0), TOLERANCE)
+    assert_trees_close(
+        jax.jit(functools.partial(gradients, jax.checkpoint(step)))(PARAMS, X), plain, TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+def test_the_backward_pass_keeps_x_and_vectors_alone(mask):
+    """x in its own dtype, the mask, and per-channel vectors."""
+    x = X.astype(jnp.bfloat16)
+
+    def normalize(params, x, mask):
+        return train(params, BATCH_STATS, x, mask=mask)[0]
+
+    pullback = jax.jit(lambda *arguments: jax.vjp(normalize, *arguments)[1])(PARAMS, x, mask)
+    kept = sorted(str(jax.typeof(a)) for a in jax.tree.leaves(pullback) if a.size > 3)
+    assert kept == [*(["bfloat16[8,3]"] if mask is None else ["bfloat16[8,3]", "bool[8,1]"])]
+
+
+def test_nn_remat_updates_once():
+    """Of 1, 2, 3, 4 at a rate of 0.1 the mean is 0.25; a second update would make it 0.475."""
+    x, cotangent = np.array([[1], [2], [3], [4]], np.float32), COTANGENT[:4, :1]
+    model = nn.remat(jbn.linen.BatchNorm)(use_running_average=False, momentum=0.9)
+    variables = model.init(jax.random.key(0), x)
+
+    @jax.jit
+    def step(params):
+        y, new = model.apply(variables | {"params": params}, x, mutable=["batch_stats"])
+        return jnp.sum(y * cotangent), new["batch_stats"]
+
+    (_, new), d_params = jax.value_and_grad(step, has_aux=True)(variables["params"])
+    assert_close(new["mean"], np.array([0.25]), TOLERANCE)
+    xhat = (x - 2.5) / np.sqrt(1.25 + 1e-5)
+    assert_close(d_params["scale"], np.sum(xhat * cotangent, 0), TOLERANCE)
+
+
+def test_scan_over_steps_carries_the_statistics():
+    def step(batch_stats, x):
+        y, batch_stats = train(PARAMS, batch_stats, x)
+        return batch_stats, y
+
+    new, y = jax.jit(lambda s: jax.lax.scan(step, s, np.broadcast_to(X, (10, 8, 3))))(BATCH_STATS)
+    assert_close(new["mean"], X.mean(0) * (1 - 0.9**10), TOLERANCE)
+    assert_close(y[-1], train(PARAMS, BATCH_STATS, X)[0], TOLERANCE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nn_scan_over_steps_carries_the_statistics(training):
+    class Steps(nn.Module):
+        @nn.compact
+        def __call__(self, xs):
+            def body(module, carry, x):
+                return carry, module(x)
+
+            norm = layer(use_running_average=not training)
+            run = nn.scan(
+                body, variable_carry="batch_stats", variable_broadcast="params", split_rngs={"params": False}
+            )
+            return run(norm, (), xs)[1]
+
+    variables = {"params": {"BatchNorm_0": PARAMS}, "batch_stats": {"BatchNorm_0": BATCH_STATS}}
+    _, new = jax.jit(functools.partial(Steps().apply, mutable=["batch_stats"]))(
+        variables, np.broadcast_to(X, (10, 8, 3))
+    )
+    expected = X.mean(0) * (1 - 0.9**10) if training else np.zeros(3)
+    assert_close(new["batch_stats"]["BatchNorm_0"]["mean"], expected, TOLERANCE)
+
+
+def test_scan_over_layers_is_layer_after_layer():
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 2 * a, 3 * a]), (PARAMS, BATCH_STATS))
+
+    def run(x, one):
+        y, new = train(*one, x)
+        return jnp.sin(y), new
+
+    y, new = jax.jit(lambda x: jax.lax.scan(run, x, stacked))(jnp.asarray(X))
+    x = jnp.asarray(X)
+    for i in range(3):
+        x, expected = run(x, jax.tree.map(lambda a, i=i: a[i], stacked))
+        assert_trees_close(jax.tree.map(lambda a, i=i: a[i], new), expected, TOLERANCE)
+    assert new["mean"].shape == (3, 3)
+    assert_close(y, x, TOLERANCE)
+
+
+def assert_like_each(training, variables, stacked_x, out):
+    """Three blocks in one gave `out`: what each block by itself gives for its x."""
+    y, new = out
+    for i in range(3):
+        one = jax.tree.map(lambda a, i=i: a[i], variables)
+        expected, state = Block(training=training).apply(one, stacked_x[i], mutable=["batch_stats"])
+        assert_close(y[i], expected[0], TOLERANCE)
+        assert_trees_close(
+            jax.tree.map(lambda a, i=i: a[i], new["batch_stats"]), state["batch_stats"], TOLERANCE
+        )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nn_scan_over_layers_stacks_the_statistics(training):
+    deep = nn.scan(
+        Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3
+    )
+    model = deep(training=training)
+    variables = model.init(jax.random.key(0), X)
+    (y, _), new = jax.jit(functools.partial(model.apply, mutable=["batch_stats"]))(variables, X)
+    assert new["batch_stats"]["BatchNorm_0"]["mean"].shape == (3, 3)
+    outputs = [X]
+    for i in range(3):
+        one = jax.tree.map(lambda a, i=i: a[i], variables)
+        outputs.append(Block(training=training).apply(one, outputs[-1], mutable=["batch_stats"])[0][0])
+    assert_close(y, outputs[-1], 8 * TOLERANCE)  # three normalizations, one after another
+    assert_like_each(training, variables, outputs, (np.stack(outputs[1:]), new))
+
+
+def test_nn_vmap_over_models():
+    many = nn.vmap(Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})()
+    x = np.stack([X, 2 * X, X - 3])
+    variables = many.init(jax.random.key(0), x)
+    (y, _), new = jax.jit(functools.partial(many.apply, mutable=["batch_stats"]))(variables, x)
+    assert new["batch_stats"]["BatchNorm_0"]["mean"].shape == (3, 3)
+    assert_like_each(True, variables, x, (y, new))
+
+
+def test_models_of_synchronised_examples():
+    """vmap over three models of vmap over a batch axis: statistics (3, C)."""
+    x = np.stack([X, 2 * X, X - 3])
+    per_example = jax.vmap(
+        functools.partial(train, axis_name="batch"),
+        in_axes=(None, None, 0),
+        out_axes=(0, None),
+        axis_name="batch",
+    )
+    y, new = jax.jit(jax.vmap(per_example, in_axes=(None, None, 0)))(PARAMS, BATCH_STATS, x)
+    assert new["mean"].shape == (3, 3)
+    expected = [train(PARAMS, BATCH_STATS, part) for part in x]
+    assert_close(y, np.stack([one for one, _ in expected]), TOLERANCE)
+    assert_close(new["var"], np.stack([stats["var"] for _, stats in expected]), TOLERANCE)
+
+
+def test_a_layer_of_examples_returns_one_state():
+    """A per-example model under vmap, synchronised over it: its state does not depend on the example."""
+    model = layer(use_running_average=False, axis_name="batch")
+    variables = {"params": PARAMS, "batch_stats": BATCH_STATS}
+    run = jax.vmap(
+        functools.partial(model.apply, mutable=["batch_stats"]), (None, 0), (0, None), axis_name="batch"
+    )
+    y, new = jax.jit(run)(variables, X)
+    expected, stats = train(PARAMS, BATCH_STATS, X)
+    assert_close(y, expected, TOLERANCE)
+    assert_trees_close(new["batch_stats"], stats, TOLERANCE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_shapes_without_arrays(training):
+    x = jax.ShapeDtypeStruct((8, 3), jnp.bfloat16)
+    model = layer(use_running_average=not training, dtype=jnp.bfloat16)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    y, new = jax.eval_shape(functools.partial(model.apply, mutable=["batch_stats"]), variables, x)
+    assert (y.shape, y.dtype) == ((8, 3), jnp.bfloat16)
+    for array in (*jax.tree.leaves(variables), *jax.tree.leaves(new)):
+        assert (array.shape, array.dtype) == ((3,), np.float32)
+    y, new = jax.eval_shape(train if training else evaluate, *jax.eval_shape(lambda: jbn.init(3)), x)
+    assert (y.shape, y.dtype) == ((8, 3), jnp.bfloat16)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == {
+        name: ((3,), np.dtype(np.float32)) for name in ("mean", "var")
+    }
+
+
+@pytest.mark.parametrize("door", ["core", "linen"])
+def test_an_exported_evaluation_has_no_reduction_and_any_batch_size(door):
+    stats = {"mean": np.array([1, 2, 3], np.float32), "var": np.array([0.5, 1, 2], np.float32)}
+
+    def core(x):
+        return evaluate(PARAMS, stats, x)[0]
+
+    def linen(x):
+        return layer().apply({"params": PARAMS, "batch_stats": stats}, x, use_running_average=True)
+
+    run = core if door == "core" else linen
+    (batch,) = jax.export.symbolic_shape("batch")
+    exported = jax.export.export(jax.jit(run))(jax.ShapeDtypeStruct((batch, 3), np.float32))
+    assert "stablehlo.reduce" not in exported.mlir_module()
+    np.testing.assert_array_equal(exported.call(X)[:1], exported.call(X[:1]))
+    assert_close(exported.call(X), run(X), TOLERANCE)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_exported_training_step_takes_any_batch_size(masked):
+    def step(x, mask):
+        return train(PARAMS, BATCH_STATS, x, mask=mask if masked else None)
+
+    (batch,) = jax.export.symbolic_shape("batch", constraints=["batch >= 2"])
+    shapes = (jax.ShapeDtypeStruct((batch, 3), np.float32), jax.ShapeDtypeStruct((batch,), bool))
+    exported = jax.export.export(jax.jit(step))(*shapes)
+    for rows in (4, 8):
+        expected = step(X[:rows], MASK[:rows])
+        assert_trees_close(exported.call(X[:rows], MASK[:rows]), expected, TOLERANCE)
