@@ -1,0 +1,113 @@
+"""The record of a training run: a table in metrics.csv, and its curves as a picture."""
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from chex import ArrayTree
+from flax.traverse_util import flatten_dict
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+PERCENTILES = (10, 50, 90)
+_LABEL = {"textcoords": "offset points", "fontsize": "small"}
+_COLORS = {"mean": "tab:blue", "var": "tab:red"}
+
+
+class MetricsFile:
+    """Rows of one training run, each written through to the disk at once.
+
+    The columns are `step`, `epoch`, `loss` (of that step's batch), `learning_rate`, `test_accuracy` (where
+    an epoch ends, else empty), and percentiles over channels of every batch norm's running statistics.
+    """
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        """Keeps the rows up to `last_step`; later ones a resumed run writes again."""
+        rows = [row for row in read_metrics(path) if int(row["step"]) <= last_step] if path.exists() else []
+        unfinished = path.with_suffix(".tmp")
+        self._file = unfinished.open("w", newline="")
+        self._writer = None
+        for row in rows:
+            self.write(row)
+        os.replace(unfinished, path)
+
+    def write(self, row: Mapping[str, object]) -> None:
+        if self._writer is None:
+            self._writer = csv.DictWriter(self._file, fieldnames=list(row), lineterminator="\n")
+            self._writer.writeheader()
+        self._writer.writerow(row)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics file, less a last one that a killed program left unfinished."""
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def percentile_columns(batch_stats: ArrayTree) -> dict[str, float]:
+    """The spread over channels of running statistics: `{"BatchNorm_0/mean/p10": ..., ...}`."""
+    columns = {}
+    for name, values in flatten_dict(batch_stats, sep="/").items():
+        for percent, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True):
+            columns[f"{name}/p{percent}"] = float(value)
+    return columns
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draws loss and test accuracy above, and below how the running statistics of each batch norm move."""
+    rows = read_metrics(metrics)
+    if not rows:
+        return
+    columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    layers = list(dict.fromkeys(name.split("/mean/")[0] for name in columns if "/mean/" in name))
+    figure = Figure(figsize=(3.0 * max(len(layers), 3), 8.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(2, 3))
+    loss_axes, accuracy_axes = above.subplots(1, 2)
+    _draw_loss(loss_axes, columns)
+    _draw_accuracy(accuracy_axes, columns)
+    grid = below.subplots(2, len(layers), squeeze=False, sharex=True)
+    for layer, axes_pair in zip(layers, grid.T, strict=True):
+        for statistic, axes in zip(("mean", "var"), axes_pair, strict=True):
+            _draw_statistic(axes, columns, layer, statistic)
+    below.suptitle("running statistics of each batch norm, over its channels")
+    below.supxlabel("step")
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=110)
+
+
+def _draw_loss(axes: Axes, columns: Mapping[str, np.ndarray]) -> None:
+    steps, loss = columns["step"], columns["loss"]
+    axes.plot(steps, loss, color="0.8", linewidth=1)
+    width = max(1, len(loss) // 20)
+    smooth = [loss[max(0, i - width) : i + 1].mean() for i in range(len(loss))]
+    axes.plot(steps, smooth, color="tab:blue")
+    axes.set(title="training loss (grey: single batches)", xlabel="step", yscale="log")
+
+
+def _draw_accuracy(axes: Axes, columns: Mapping[str, np.ndarray]) -> None:
+    measured = np.isfinite(columns["test_accuracy"])
+    steps, accuracy = columns["step"][measured], columns["test_accuracy"][measured]
+    axes.plot(steps, accuracy, "o-", color="tab:green")
+    for step, value in zip(steps, accuracy, strict=True):
+        axes.annotate(f"{value:.4f}", (step, value), (5, -12), **_LABEL)
+    axes.margins(0.15, 0.2)
+    axes.set(title="test accuracy after each epoch", xlabel="step")
+
+
+def _draw_statistic(axes: Axes, columns: Mapping[str, np.ndarray], layer: str, statistic: str) -> None:
+    low, middle, high = (columns[f"{layer}/{statistic}/p{percent}"] for percent in PERCENTILES)
+    color = _COLORS[statistic]
+    axes.fill_between(columns["step"], low, high, color=color, alpha=0.2, linewidth=0)
+    axes.plot(columns["step"], middle, color=color)
+    for percent, values in zip(PERCENTILES, (low, middle, high), strict=True):
+        label = "median" if percent == 50 else f"{percent} %"
+        axes.annotate(label, (columns["step"][-1], values[-1]), (2, 0), va="center", **_LABEL)
+    kind = "variance" if statistic == "var" else "mean"
+    axes.set_title(f"{layer}: running {kind}", fontsize="medium")

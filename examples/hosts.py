@@ -1,0 +1,66 @@
+"""Devices and processes: how many take part, and how processes come to agree."""
+
+import contextlib
+
+import jax
+import numpy as np
+from chex import ArrayTree
+from jax.experimental import multihost_utils
+
+from errors import UsageError
+
+
+def start(
+    *, devices: int | None, coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Sets JAX up. To be called before the first array is made.
+
+    Args:
+      devices: how many this process wants; a CPU then claims to be that many.
+      coordinator: HOST:PORT of process 0, with `num_processes` and `process_id`; None where a cluster (SLURM,
+        a TPU pod, ...) announces itself, or there is one process.
+    """
+    if devices is not None:
+        jax.config.update("jax_num_cpu_devices", devices)
+    if coordinator is not None:
+        if num_processes is None or process_id is None:
+            raise UsageError("--coordinator: needs --num-processes and --process-id beside it")
+        if not 0 <= process_id < num_processes:
+            raise UsageError(f"--process-id {process_id}: expected 0 to {num_processes - 1}")
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+        return
+    with contextlib.suppress(ValueError):  # no cluster announces itself: a single process
+        jax.distributed.initialize()
+
+
+def choose_devices(per_process: int | None) -> list[jax.Device]:
+    """The first `per_process` devices of each process, or all of them: grouped by process."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if per_process is None:
+        return devices
+    if per_process > jax.local_device_count():
+        raise UsageError(f"--devices {per_process}: there are {jax.local_device_count()} here")
+    chosen = []
+    for process in range(jax.process_count()):
+        chosen += [device for device in devices if device.process_index == process][:per_process]
+    return chosen
+
+
+def is_main() -> bool:
+    """True in the one process that writes files and shows progress."""
+    return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """True if `flag` is in some process. All have to ask at the same step."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def from_main(tree: ArrayTree) -> ArrayTree:
+    """The main process's values of a tree of NumPy arrays, in every process."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))

@@ -1,0 +1,56 @@
+"""Two small nets with batch norm between each linear layer and its relu, for images in and 10 classes out.
+
+Linear layers before a batch norm have no bias: the mean that is subtracted would take it away again.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import jbn.linen
+from idx import NUM_CLASSES
+
+
+class Cnn(nn.Module):
+    """Three convolutions that halve the image each (no pooling, whose gradient is slow on a CPU), two Dense.
+
+    Attributes:
+      momentum: of the running statistics; weighs the old ones.
+      axis_name: the mapped axis over which the batch is cut, under shard_map and pmap.
+    """
+
+    momentum: float = 0.9
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        x = to_unit_range(images)
+        for features, window in ((24, 5), (48, 3), (96, 3)):
+            x = nn.Conv(features, (window, window), strides=2, use_bias=False)(x)
+            x = jbn.linen.BatchNorm(not train, momentum=self.momentum, axis_name=self.axis_name)(x, mask=mask)
+            x = nn.relu(x)
+        x = x.reshape(x.shape[0], -1)
+        x = nn.Dense(128, use_bias=False)(x)
+        x = jbn.linen.BatchNorm(not train, momentum=self.momentum, axis_name=self.axis_name)(x, mask=mask)
+        return nn.Dense(NUM_CLASSES)(nn.relu(x))
+
+
+class Mlp(nn.Module):
+    """Two hidden layers on the bare pixels (784 in MNIST), as in the article. Attributes as in `Cnn`."""
+
+    momentum: float = 0.9
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        x = to_unit_range(images).reshape(images.shape[0], -1)
+        for features in (128, 128):
+            x = nn.Dense(features, use_bias=False)(x)
+            x = jbn.linen.BatchNorm(not train, momentum=self.momentum, axis_name=self.axis_name)(x, mask=mask)
+            x = nn.relu(x)
+        return nn.Dense(NUM_CLASSES)(x)
+
+
+def to_unit_range(images: jax.Array) -> jax.Array:
+    """Bytes to [0, 1], on the device: a quarter of the bytes travel. The first batch norm does the rest."""
+    return images.astype(jnp.float32) / 255.0
