@@ -237,7 +237,8 @@ def _evaluate(
     mean, var = (
         sharded_like(jnp.expand_dims(batch_stats[name], config.reduction.axes), x) for name in ("mean", "var")
     )
-    return normalize_by(config, x, weights, mean, var, scale, bias)
+    y: Array = normalize_by(config, x, weights, mean, var, scale, bias)
+    return y
 
 
 def _expanded_params(params: Params | None, x: X, axes: tuple[int, ...]) -> tuple[Array | None, Array | None]:

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, X, describe, output, sharded_like
 
+_NUMBERS = (int, float, np.number, np.ndarray, jax.Array)
 _RIGHT_SIZE = "Pass jbn.init(features) for as many features as x has, or set axis to x's feature axis."
 
 
@@ -120,7 +121,10 @@ def check_settings(
 ) -> None:
     """momentum, epsilon, and a dtype of y that can hold what is computed from the inputs x, scale, bias."""
     check_momentum(call, momentum)
-    if not isinstance(epsilon, (int, float, np.number)) or not 0.0 <= epsilon < float("inf"):
+    static = (
+        not isinstance(epsilon, jax.core.Tracer) and isinstance(epsilon, _NUMBERS) and np.ndim(epsilon) == 0
+    )
+    if not static or not 0.0 <= float(epsilon) < float("inf"):
         raise error(call, "epsilon", describe(epsilon), "a static number from 0 up", "The usual one is 1e-5.")
     is_complex = any(jnp.iscomplexobj(value) for value in inputs if value is not None)
     kind = "complex" if is_complex else "floating"

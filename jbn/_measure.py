@@ -6,9 +6,11 @@ first, which is exact or nearly so, and the rest is small and keeps all its digi
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -164,7 +166,8 @@ def _over_devices(local: Measured, reduction: Reduction) -> Measured:
     rows = jnp.stack(local)
     here = jnp.arange(devices, dtype=np.int32) == reduction.index()
     table = jnp.where(jnp.expand_dims(here, range(1, rows.ndim + 1)), rows[None], jnp.zeros_like(rows)[None])
-    return merge_measured(Measured(*jnp.moveaxis(reduction.psum(table), 1, 0)))
+    merged: Measured = merge_measured(Measured(*jnp.moveaxis(reduction.psum(table), 1, 0)))
+    return merged
 
 
 def _over_many_devices(local: Measured, reduction: Reduction) -> Measured:
@@ -183,6 +186,7 @@ def _over_many_devices(local: Measured, reduction: Reduction) -> Measured:
     return Measured(total, values, common, rest, _not_negative(square - rest * rest))
 
 
+@functools.partial(jax.jit, inline=True)
 def merge_measured(parts: Measured) -> Measured:
     """Moments along a first axis into one, as if all rows had come in one batch.
 

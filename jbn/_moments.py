@@ -35,6 +35,10 @@ class Moments:
     var: Float[Array, "*C"]
 
 
+# Outside of jit, one compiled call and not a hundred. Inside of a mapped axis there is a jit already.
+_compiled_measure = jax.jit(measure, static_argnums=2, inline=True)
+
+
 def to_moments(measured: Measured, axes: tuple[int, ...]) -> Moments:
     """The public form: one value per channel, and the mean in one piece."""
     total, _, shift, rest, var = (lax.squeeze(part, axes) for part in measured)
@@ -84,7 +88,8 @@ def moments(
     axis_name, groups = check_axis_name("moments", axis_name, axis_index_groups)
     check_bound("moments", axis_name)
     weights = None if mask is None else check_mask("moments", mask, x, axes)
-    return to_moments(measure(x, weights, Reduction(axes, axis_name, groups)), axes)
+    run = _compiled_measure if axis_name is None else measure
+    return to_moments(run(x, weights, Reduction(axes, axis_name, groups)), axes)
 
 
 def merge(*moments: Moments) -> Moments:

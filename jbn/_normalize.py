@@ -109,6 +109,7 @@ def _tangent(
     return _zeroed(y_dot, weights).astype(config.dtype), mean_dot, 2 * half_var_dot
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def normalize_by(
     config: Normalization,
     x: X,

@@ -1,5 +1,7 @@
 """How running statistics remember: the update rule."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,10 +49,18 @@ def remember(
     batch_stats: BatchStats, moments: Moments, momentum: float | Array, seen: Bool[Array, "*C"]
 ) -> BatchStats:
     """`update` for the channels where `seen`; the others keep their statistics."""
+    # Both shares are rounded once: 1 - momentum taken in float32 would be off by 6e-6 of itself at 0.99.
+    new_stats: BatchStats = _remember(batch_stats, moments, (momentum, 1 - momentum), seen)
+    return new_stats
 
+
+@functools.partial(jax.jit, inline=True)
+def _remember(
+    batch_stats: BatchStats, moments: Moments, shares: tuple[Array, Array], seen: Bool[Array, "*C"]
+) -> BatchStats:
     def average(old: Array, batch: Array) -> Array:
         dtype = working(old.dtype, batch.dtype)
-        keep, forget = (jnp.asarray(share, dtype) for share in (momentum, 1 - momentum))
+        keep, forget = (jnp.asarray(share, dtype) for share in shares)
         old = old.astype(dtype)
         return jnp.where(seen, keep * old + forget * batch.astype(dtype), old)
 

@@ -234,8 +234,6 @@ def replace_batch_norm(**overrides: Any) -> Iterator[None]:
             "Check the spelling.",
         )
 
-    merged = _OVERRIDES.get() | overrides
-
     def intercept(
         call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
@@ -244,9 +242,9 @@ def replace_batch_norm(**overrides: Any) -> Iterator[None]:
             return call(*args, **kwargs)
         settings = {name: getattr(flax_layer, name) for name in fields if hasattr(flax_layer, name)}
         scope: Any = flax_layer.scope  # ours has its variables where Flax's has them
-        return BatchNorm(**(settings | merged), parent=scope)(*args, **kwargs)
+        return BatchNorm(**(settings | _OVERRIDES.get()), parent=scope)(*args, **kwargs)
 
-    token = _OVERRIDES.set(merged)
+    token = _OVERRIDES.set(_OVERRIDES.get() | overrides)
     try:
         with nn.intercept_methods(intercept):
             yield

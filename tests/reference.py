@@ -71,8 +71,7 @@ def apply(x, axis, mean, var, scale, bias, epsilon, mask=None):
 def gradients(x, axis, scale, epsilon, cotangent, mask=None):
     """Of sum(cotangent * y) in training, for real x, over the entries that take part.
 
-    dx = a (g - w (sum g + xhat sum(g xhat)) / n), a = scale / sqrt(var + epsilon), where xhat in the last term
-    is divided by the deviation once more: written out below.
+    dx = a (g - w (sum g + offset r^2 sum(g offset)) / n), with r = 1 / sqrt(var + epsilon), a = scale r.
     """
     axes, weights = reduced_axes(x, axis), full_weights(x, axis, mask)
     count, mean, var = statistics(x, axis, mask)

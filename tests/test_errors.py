@@ -206,7 +206,7 @@ TEXTS = {
         "it.",
     ),
     "nothing to merge": (
-        lambda: jbn.merge(),
+        jbn.merge,
         "jbn.merge: moments is (). Expected one or more jbn.Moments of one shape. Merge the "
         "moments of one layer, as from jbn.moments(x).",
     ),

@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 def test_initial_statistics():
     keyed = jax.nn.initializers.normal()
-    layer, variables = start(
+    _, variables = start(
         use_running_average=True, mean_init=keyed, var_init=nn.initializers.constant(2), scale_init=keyed
     )
     assert float(jnp.abs(variables["batch_stats"]["mean"]).min()) > 0
@@ -49,7 +49,7 @@ def test_update_batch_stats_false_uses_the_batch_and_writes_nothing():
 
 @pytest.mark.parametrize("mode", [True, False, None])
 def test_frozen_is_a_constant(mode):
-    """Running statistics, bit-equal variables after training steps, dx = g scale rsqrt(var + eps), no other."""
+    """Running statistics, bit-equal variables after training, dx = g scale rsqrt(var + eps), no other."""
     layer = jbn.linen.BatchNorm(frozen=True, use_running_average=mode)
     variables = {
         "params": {"scale": np.array([1, 2, 3], np.float32), "bias": np.ones(3, np.float32)},
@@ -82,7 +82,9 @@ def test_batch_moments_are_left_where_they_are_asked_for():
     assert_trees_close(new["batch_moments"]["moments"], jbn.moments(X), tolerance(np.float32))
     _, new = layer.apply(variables, X, mutable=["batch_stats"])
     assert "batch_moments" not in new
-    _, new = layer.apply(variables, X, use_running_average=None, update_batch_stats=False, mutable=["batch_moments"])
+    _, new = layer.apply(
+        variables, X, use_running_average=None, update_batch_stats=False, mutable=["batch_moments"]
+    )
     assert_trees_close(new["batch_moments"]["moments"], jbn.moments(X), tolerance(np.float32))
 
 
@@ -113,25 +115,27 @@ def apply(x=X, drop=(), mutable=(), layer=None, **options):
 TEXTS = {
     "immutable statistics": (
         lambda: apply(use_running_average=False),
-        "BatchNorm 'bn': jbn.linen.BatchNorm: batch_stats is immutable in training. Expected a collection that "
-        "can be updated. Call apply(..., mutable=['batch_stats']) and keep the statistics it returns, or pass "
-        "update_batch_stats=False or use_running_average=True.",
+        "BatchNorm 'bn': jbn.linen.BatchNorm: batch_stats is immutable in training. Expected a "
+        "collection that can be updated. Call apply(..., mutable=['batch_stats']) and keep the "
+        "statistics it returns, or pass update_batch_stats=False or use_running_average=True.",
     ),
     "missing statistics": (
         lambda: apply(drop=("batch_stats",), use_running_average=True),
-        "BatchNorm 'bn': jbn.linen.BatchNorm: batch_stats is missing. Expected the collection that init returned, "
-        "or that training updated. Pass it beside the parameters: apply({'params': params, 'batch_stats': "
-        "batch_stats}, ...).",
+        "BatchNorm 'bn': jbn.linen.BatchNorm: batch_stats is missing. Expected the collection "
+        "that init returned, or that training updated. Pass it beside the parameters: "
+        "apply({'params': params, 'batch_stats': batch_stats}, ...).",
     ),
     "missing mode": (
         lambda: apply(mutable=["batch_stats"]),
-        "BatchNorm 'bn': jbn.linen.BatchNorm: use_running_average is missing. Expected it in the constructor or "
-        "in the call, once. Pass use_running_average=False in training and True in evaluation.",
+        "BatchNorm 'bn': jbn.linen.BatchNorm: use_running_average is missing. Expected it in the "
+        "constructor or in the call, once. Pass use_running_average=False in training and True in"
+        " evaluation.",
     ),
     "mode said twice": (
         lambda: jbn.linen.BatchNorm(True).init(jax.random.key(0), X, use_running_average=True),
-        "BatchNorm: jbn.linen.BatchNorm: use_running_average is given twice. Expected it in the constructor or in "
-        "the call, once. Pass use_running_average=False in training and True in evaluation.",
+        "BatchNorm: jbn.linen.BatchNorm: use_running_average is given twice. Expected it in the "
+        "constructor or in the call, once. Pass use_running_average=False in training and True in"
+        " evaluation.",
     ),
     "statistics of another size": (
         lambda: jbn.linen.BatchNorm(True, use_scale=False, use_bias=False).apply(
@@ -144,22 +148,24 @@ TEXTS = {
         lambda: jbn.linen.BatchNorm(False, axis_name="data").apply(
             jbn.linen.BatchNorm(False).init(jax.random.key(0), X), X, mutable=["batch_stats"]
         ),
-        "BatchNorm: jbn.batch_norm: axis_name is 'data', which nothing around the call binds. Expected a name "
-        "bound by shard_map, pmap or vmap. Run the training step inside one of them with this axis name, or "
-        "leave axis_name out: under jit, sharded arrays are synchronised without it.",
+        "BatchNorm: jbn.batch_norm: axis_name is 'data', which nothing around the call binds. "
+        "Expected a name bound by shard_map, pmap or vmap. Run the training step inside one of "
+        "them with this axis name, or leave axis_name out: under jit, sharded arrays are "
+        "synchronised without it.",
     ),
     "a traced mode with immutable statistics": (
         lambda: jax.jit(lambda flag: apply(use_running_average=flag))(True),
-        "BatchNorm 'bn': jbn.linen.BatchNorm: batch_stats is immutable in training. Expected a collection that "
-        "can be updated. Call apply(..., mutable=['batch_stats']) and keep the statistics it returns, or pass "
-        "update_batch_stats=False or use_running_average=True.",
+        "BatchNorm 'bn': jbn.linen.BatchNorm: batch_stats is immutable in training. Expected a "
+        "collection that can be updated. Call apply(..., mutable=['batch_stats']) and keep the "
+        "statistics it returns, or pass update_batch_stats=False or use_running_average=True.",
     ),
     "unknown override": (
         lambda: jbn.linen.replace_batch_norm(axis_nane="data").__enter__(),
-        "jbn.linen.replace_batch_norm: overrides is axis_nane. Expected fields of jbn.linen.BatchNorm (axis, "
-        "axis_index_groups, axis_name, bias_init, dtype, epsilon, force_float32_reductions, frozen, mean_init, "
-        "momentum, param_dtype, scale_init, use_bias, use_fast_variance, use_running_average, use_scale, "
-        "var_init). Check the spelling.",
+        "jbn.linen.replace_batch_norm: overrides is axis_nane. Expected fields of "
+        "jbn.linen.BatchNorm (axis, axis_index_groups, axis_name, bias_init, dtype, epsilon, "
+        "force_float32_reductions, frozen, mean_init, momentum, param_dtype, scale_init, "
+        "use_bias, use_fast_variance, use_running_average, use_scale, var_init). Check the "
+        "spelling.",
     ),
 }
 

@@ -52,7 +52,9 @@ def test_parity_with_flax(case, train, flax_promotion):
     y, our_y = (nnx.jit(lambda layer, x: layer(x, mask=mask))(layer, x) for layer in (theirs, ours))
     assert our_y.dtype == y.dtype
     assert_close(our_y, y, tolerance(np.float32 if train else case.dtype), where=case.weights() > 0)
-    assert_trees_close(nnx.to_pure_dict(nnx.state(ours)), nnx.to_pure_dict(nnx.state(theirs)), tolerance(np.float32))
+    assert_trees_close(
+        nnx.to_pure_dict(nnx.state(ours)), nnx.to_pure_dict(nnx.state(theirs)), tolerance(np.float32)
+    )
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
