@@ -29,7 +29,8 @@ class BatchNorm(nn.Module):
     The same constructor and call arguments, defaults, variables (`params`: scale, bias; `batch_stats`: mean,
     var) and output dtypes: changing the import is the whole migration, and checkpoints load. In training the
     statistics are the batch's, over every axis but `axis` and over `axis_name`, and the running ones are
-    updated (make `batch_stats` mutable); in evaluation they are the running ones. It differs in four things:
+    updated (make `batch_stats` mutable); in evaluation they are the running ones.
+    Where Flax is wrong it differs:
 
     - Statistics are accurate: N(1e4, 1) has variance 1, where E[x^2] - E[x]^2 in float32 says 0 to 24.
     - Masked entries take no part at all, whatever they hold, and counts are over all devices. A mask may
