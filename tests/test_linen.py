@@ -58,9 +58,8 @@ def test_parity_with_flax(case, train):
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32])
-def test_output_dtype_is_that_of_flax(x_dtype, dtype, param_dtype):
-    x = np.arange(12).reshape(4, 3).astype(x_dtype)
+def test_integers_come_out_in_the_dtype_of_flax(dtype, param_dtype):
+    x = np.arange(12).reshape(4, 3).astype(np.int32)
     with jax.numpy_dtype_promotion("standard"):
         theirs = nn.BatchNorm(False, dtype=dtype, param_dtype=param_dtype).init_with_output(
             jax.random.key(0), x
