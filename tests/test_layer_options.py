@@ -175,3 +175,16 @@ def test_error_text_names_the_layer_and_its_path(wrong, text):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
         wrong()
     assert str(caught.value) == text
+
+
+class Lifted(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.jit(jbn.linen.BatchNorm)(use_running_average=False, momentum=0.0, name="bn")(x)
+
+
+def test_under_nn_jit():
+    variables = Lifted().init(jax.random.key(0), X)
+    y, new = Lifted().apply(variables, X, mutable=["batch_stats"])
+    assert_close(y, NORMAL, tolerance(np.float32))
+    assert_close(new["batch_stats"]["bn"]["mean"], X.mean(0), tolerance(np.float32))
