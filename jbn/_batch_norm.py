@@ -197,7 +197,8 @@ def run(
     elif evaluating is False and weights is None and axis_name is None:
         _checks.check_several(_CALL, x, axes)
 
-    config = Normalization(Reduction(axes, axis_name, groups), float(epsilon), output(x, dtype))
+    size = 1 if evaluating is True else _checks.axis_size(_CALL, axis_name, groups)
+    config = Normalization(Reduction(axes, axis_name, groups, size), float(epsilon), output(x, dtype))
     inputs = (config, x, weights, scale, bias)
     new_stats: Any  # of the type of batch_stats
     moments: Moments | None
@@ -211,7 +212,9 @@ def run(
         new_stats = remember(batch_stats, moments, momentum, seen)
         if evaluating is not False:
             known = _evaluate(*inputs, batch_stats), batch_stats
-            y, new_stats = jax.tree.map(functools.partial(jnp.where, evaluating), known, (y, new_stats))
+            select = functools.partial(jnp.where, evaluating)
+            y, new_stats = jax.tree.map(select, known, (y, new_stats))
+            moments = jax.tree.map(lambda part: select(jnp.zeros_like(part), part), moments)
     return y, lax.stop_gradient(new_stats), moments
 
 
@@ -219,7 +222,6 @@ def _train(
     config: Normalization, x: X, weights: Array | None, scale: Array | None, bias: Array | None
 ) -> tuple[Array, Moments, Bool[Array, "*C"]]:
     """y by the moments of the batch, those moments, and which channels have the values for an update."""
-    _checks.check_bound(_CALL, config.reduction.axis_name)
     y, measured = normalize(config, x, weights, scale, bias)
     axes = config.reduction.axes
     return y, to_moments(measured, axes), lax.squeeze(measured.values > 1, axes)

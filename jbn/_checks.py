@@ -210,7 +210,7 @@ def check_axis_name(
         fixed = tuple(tuple(operator.index(i) for i in group) for group in groups)
     except TypeError:
         fixed = ()
-    if axis_name is None or not fixed or len({len(group) for group in fixed}) != 1:
+    if axis_name is None or not any(fixed) or len({len(group) for group in fixed}) != 1:
         raise error(
             call,
             "axis_index_groups",
@@ -221,12 +221,12 @@ def check_axis_name(
     return axis_name, fixed
 
 
-def check_bound(call: str, axis_name: AxisName | None) -> None:
-    """Something around the call binds the axis name."""
+def axis_size(call: str, axis_name: AxisName | None, groups: tuple[tuple[int, ...], ...] | None) -> int:
+    """How many devices share a batch, where the axis is bound."""
     if axis_name is None:
-        return
+        return 1
     try:
-        lax.psum(1, axis_name)
+        size = int(lax.psum(1, axis_name))
     except NameError:
         raise error(
             call,
@@ -237,13 +237,24 @@ def check_bound(call: str, axis_name: AxisName | None) -> None:
             "under jit, sharded arrays are synchronised without it.",
             UnboundAxisError,
         ) from None
+    if groups is None:
+        return size
+    if sorted(index for group in groups for index in group) != list(range(size)):
+        raise error(
+            call,
+            "axis_index_groups",
+            f"{groups!r} for the {size} devices of {axis_name!r}",
+            "each index in one group",
+            "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
+        )
+    return len(groups[0])
 
 
 def as_numbers(value: Any) -> Array | None:
     """The value as an array, or None if it is none of numbers."""
     try:
         array = jnp.asarray(value)
-    except TypeError:
+    except (TypeError, ValueError):
         return None
     return array if jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool else None
 

@@ -19,24 +19,19 @@ class Reduction:
     axes: tuple[int, ...]
     axis_name: AxisName | None = None
     groups: tuple[tuple[int, ...], ...] | None = None
-
-    def devices(self) -> int:
-        """How many devices take part in one batch."""
-        if self.axis_name is None:
-            return 1
-        return len(self.groups[0]) if self.groups else int(lax.psum(1, self.axis_name))
+    size: int = 1  # devices of one batch; fixed at the start, for a reason given at pmean
 
     def psum(self, value: Array) -> Array:
         """The sum over the devices of one batch."""
         return self._collective(lambda name, **groups: lax.psum(value, name, **groups))
 
     def pmean(self, value: Array) -> Array:
-        """The mean over the devices of one batch."""
-        return (
-            value
-            if self.axis_name is None
-            else self._collective(lambda name, **groups: lax.pmean(value, name, **groups))
-        )
+        """The mean over the devices of one batch: `lax.pmean`, as the psum and division that it stands for.
+
+        JAX runs the derivative rule of a staged `vmap(..., axis_name=...)` (inside jit, scan, checkpoint)
+        when the name is no longer bound. A psum still works there, asking for the size of the axis does not.
+        """
+        return value if self.axis_name is None else self.psum(value) / self.size
 
     def pmax(self, value: Array) -> Array:
         """The maximum over the devices of one batch."""

@@ -146,21 +146,23 @@ def _weighted_sum(values: Array, weights: Array | None, axes: tuple[int, ...]) -
     return jnp.sum(values, axes, keepdims=True)
 
 
-def expectations(
-    values: list[Array], weights: Array | None, total: Array, reduction: Reduction
-) -> list[Array]:
-    """The mean of each of several arrays over rows and devices, in one collective.
+def sums(values: list[Array], weights: Array | None, axes: tuple[int, ...]) -> Array:
+    """The weighted sums of several arrays over the rows of this device, stacked."""
+    return jnp.stack([_weighted_sum(value, weights, axes) for value in values])
+
+
+def expectations(sums: Array, total: Array, reduction: Reduction) -> Array:
+    """The means that belong to such sums, over rows and devices, in one collective.
 
     `total` is that of `measure`, over all devices; where it is 0 the mean is 0.
     """
-    sums = jnp.stack([_weighted_sum(value, weights, reduction.axes) for value in values])
-    per_device = _or_one(total) / reduction.devices()
-    return list(reduction.pmean(sums) / per_device[None].astype(sums.dtype))
+    per_device = _or_one(total) / reduction.size
+    return reduction.pmean(sums) / per_device[None].astype(sums.dtype)
 
 
 def _over_devices(local: Measured, reduction: Reduction) -> Measured:
     """The moments of the rows of all devices, the same on each of them."""
-    devices = reduction.devices()
+    devices = reduction.size
     if devices > _TABLE_DEVICES:
         return _over_many_devices(local, reduction)
     rows = jnp.stack(local)

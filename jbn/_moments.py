@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Num
 
-from jbn._checks import check_axis_name, check_bound, check_mask, check_x, error
+from jbn._checks import axis_size, check_axis_name, check_mask, check_x, error
 from jbn._devices import Reduction
 from jbn._measure import Measured, measure, merge_measured
 from jbn._types import Axes, AxisIndexGroups, AxisName, X, describe
@@ -86,10 +86,10 @@ def moments(
     """
     x, axes = check_x("moments", x, axis)
     axis_name, groups = check_axis_name("moments", axis_name, axis_index_groups)
-    check_bound("moments", axis_name)
+    size = axis_size("moments", axis_name, groups)
     weights = None if mask is None else check_mask("moments", mask, x, axes)
     run = _compiled_measure if axis_name is None else measure
-    return to_moments(run(x, weights, Reduction(axes, axis_name, groups)), axes)
+    return to_moments(run(x, weights, Reduction(axes, axis_name, groups, size)), axes)
 
 
 def merge(*moments: Moments) -> Moments:

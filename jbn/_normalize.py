@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jbn._devices import Reduction
-from jbn._measure import Measured, centre, dot, expectations, measure, used
+from jbn._measure import Measured, centre, dot, expectations, measure, sums, used
 from jbn._types import X, wide, working
 
 
@@ -54,9 +54,10 @@ def _normalize_jvp(
         with r = 1 / sqrt(var + epsilon) and a = scale r
 
     - Both expectations travel in one collective. Transposed, they are the two reductions of the backward
-      pass, and again one collective.
-    - The tangent is a checkpoint, so that the backward pass keeps x in its own dtype and per-channel
-      vectors, and computes x - mean again. Nothing could be shared with the forward pass that XLA would not
+      pass, and again one collective. It stands between two checkpoints: inside of one, JAX would ask for the
+      axis when it is no longer bound.
+    - The rest is in checkpoints, so that the backward pass keeps x in its own dtype and per-channel vectors,
+      and computes x - mean again. Nothing could be shared with the forward pass that XLA would not
       have to store, so there is nothing to prevent it from sharing.
     - The moments have tangents too. Their first use is the second derivative: this rule, differentiated,
       asks how they move with x.
@@ -64,8 +65,11 @@ def _normalize_jvp(
     x, weights, scale, bias = primals
     x_dot, _, scale_dot, bias_dot = tangents
     y, measured = normalize(config, x, weights, scale, bias)
-    tangent = jax.checkpoint(functools.partial(_tangent, config), prevent_cse=False)
-    y_dot, mean_dot, var_dot = tangent(x, weights, scale, measured, x_dot, scale_dot, bias_dot)
+    checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
+    tangent_sums = checkpoint(functools.partial(_tangent_sums, config))
+    tangent = checkpoint(functools.partial(_tangent, config))
+    means = expectations(tangent_sums(x, weights, measured, x_dot), measured.total, config.reduction)
+    y_dot, mean_dot, var_dot = tangent(x, weights, scale, measured, means, x_dot, scale_dot, bias_dot)
     still = jax.tree.map(jnp.zeros_like, measured)
     return (y, measured), (y_dot, still._replace(rest=mean_dot, var=var_dot))
 
@@ -75,10 +79,26 @@ def _forward(
 ) -> tuple[Array, Measured]:
     measured = measure(x, weights, config.reduction)
     offset = (_settled(x, weights).astype(measured.shift.dtype) - measured.shift) - measured.rest
-    return affine(offset, measured.var, scale, bias, config), measured
+    if weights is not None:  # no variance, no scale: what a masked entry holds could become anything
+        offset = jnp.where(measured.values > 1, offset, jnp.zeros_like(offset))
+    return _finite(affine(offset, measured.var, scale, bias, config), weights), measured
 
 
 _compiled_forward = jax.jit(_forward, static_argnums=0, inline=True)
+
+
+def _tangent_sums(
+    config: Normalization, x: X, weights: Array | None, measured: Measured, x_dot: Array
+) -> Array:
+    """Of x_dot and of (x - mean) x_dot, on this device."""
+    offset, x_dot = _offset_and_tangent(x, weights, measured, x_dot)
+    return sums([x_dot, dot(offset, x_dot).astype(offset.dtype)], weights, config.reduction.axes)
+
+
+def _offset_and_tangent(x: X, weights: Array | None, measured: Measured, x_dot: Array) -> tuple[Array, Array]:
+    """x - mean and x_dot, both 0 for entries that take no part."""
+    offset = _zeroed(centre(x, measured.shift, weights) - measured.rest, weights)
+    return offset, _zeroed(x_dot.astype(offset.dtype), weights)
 
 
 def _tangent(
@@ -87,15 +107,13 @@ def _tangent(
     weights: Array | None,
     scale: Array | None,
     measured: Measured,
+    means: Array,
     x_dot: Array,
     scale_dot: Array | None,
     bias_dot: Array | None,
 ) -> tuple[Array, Array, Array]:
-    offset = _zeroed(centre(x, measured.shift, weights) - measured.rest, weights)
-    x_dot = _zeroed(x_dot.astype(offset.dtype), weights)
-    products = [x_dot, dot(offset, x_dot).astype(offset.dtype)]
-    mean_dot, half_var_dot = expectations(products, weights, measured.total, config.reduction)
-    half_var_dot = half_var_dot.real
+    offset, x_dot = _offset_and_tangent(x, weights, measured, x_dot)
+    mean_dot, half_var_dot = means[0], means[1].real
     r = inverse_deviation(measured.var, config.epsilon)
     kind = working(*(part.dtype for part in (offset, scale, bias_dot) if part is not None))
     a = r.astype(kind) if scale is None else scale.astype(kind) * r.astype(kind)
@@ -122,7 +140,7 @@ def normalize_by(
     """y by given statistics: one pass, no reduction, differentiable in all arguments."""
     dtype = working(x.dtype, mean.dtype)
     offset = _settled(x, weights).astype(dtype) - mean.astype(dtype)
-    y = affine(offset, var.astype(wide(dtype)), scale, bias, config)
+    y = _finite(affine(offset, var.astype(wide(dtype)), scale, bias, config), weights)
     return y if weights is None else jnp.where(used(weights), y, lax.stop_gradient(y))
 
 
@@ -152,6 +170,11 @@ def inverse_deviation(var: Float[Array, "..."], epsilon: float) -> Float[Array, 
 def _zeroed(value: Array, weights: Array | None) -> Array:
     """0 for entries that take no part."""
     return value if weights is None else jnp.where(used(weights), value, jnp.zeros_like(value))
+
+
+def _finite(y: Array, weights: Array | None) -> Array:
+    """y, and 0 for entries that take no part where they would overflow."""
+    return y if weights is None else jnp.where(used(weights) | jnp.isfinite(y), y, jnp.zeros_like(y))
 
 
 def _settled(x: X, weights: Array | None) -> X:

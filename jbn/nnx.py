@@ -192,13 +192,21 @@ class BatchNorm(nnx.Module):
                 dtype=self._output_dtype(x, params),
             )
         if update_batch_stats and flag is not True:
-            self.mean[...], self.var[...] = batch_stats["mean"], batch_stats["var"]
+            if self.mean[...].dtype == batch_stats["mean"].dtype:
+                self.mean[...] = batch_stats["mean"]
+            else:  # complex from now on
+                self.mean.set_value(batch_stats["mean"])
+            self.var[...] = batch_stats["var"]
         if moments is not None and self.batch_moments is not None:
             self.batch_moments.set_value(merge(self.batch_moments.get_value(), moments))
         return y
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Sets the mode of a view of the model; called by `nnx.view`."""
+        """Sets the mode of a view of the model; called by `nnx.view`.
+
+        Args:
+          use_running_average: True in evaluation, False in training; None leaves the mode as it is.
+        """
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
@@ -247,8 +255,8 @@ def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
     """
     for _, layer in nnx.iter_modules(model):
         if isinstance(layer, BatchNorm):
-            zero = jnp.zeros_like(layer.var[...])
-            layer.batch_moments = nnx.data(BatchMoments(Moments(zero, zero, zero)) if keep else None)
+            mean, zero = jnp.zeros_like(layer.mean[...]), jnp.zeros_like(layer.var[...])
+            layer.batch_moments = nnx.data(BatchMoments(Moments(zero, mean, zero)) if keep else None)
 
 
 def replace_batch_norm(model: Model, **overrides: Any) -> Model:

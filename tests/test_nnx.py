@@ -201,3 +201,10 @@ def test_batch_moments_are_pooled_under_jit():
     assert_trees_close(layer.batch_moments.get_value(), jbn.moments(X), tolerance(np.float32))
     jbn.nnx.keep_batch_moments(layer, keep=False)
     assert layer.batch_moments is None
+
+
+def test_complex_input_keeps_its_complex_mean():
+    x = (X + 1j * (X[::-1] + 5)).astype(np.complex64)
+    layer = jbn.nnx.BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))
+    y = layer(x)
+    assert_close(layer(x, use_running_average=True), np.asarray(y), tolerance(np.float32))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jbn
+import jbn.linen
 from tests.cases import assert_close, tolerance
 
 
@@ -138,3 +139,24 @@ def test_no_statistics_kept():
         y, new = jbn.batch_norm(None, None, x, use_running_average=mode)
         assert new is None
         assert_close(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), tolerance(np.float32))
+
+
+@pytest.mark.parametrize(("dtype", "padding"), [(np.float16, 300), (jnp.bfloat16, 3e38), (np.float32, 1e38)])
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("valid", [0, 1, 4])
+def test_padding_of_any_size_leaves_y_finite(dtype, padding, mode, valid):
+    """A masked loss multiplies y by 0, and 0 times infinity is NaN."""
+    x = np.full((6, 3), padding).astype(dtype)
+    x[:valid] = np.arange(3 * valid).reshape(valid, 3).astype(dtype)
+    mask = np.arange(6) < valid
+    y, _ = jbn.batch_norm(None, jbn.init(3)[1], x, use_running_average=mode, mask=mask)
+    assert np.isfinite(np.asarray(y, np.float64)).all()
+
+
+def test_an_evaluation_by_a_traced_mode_leaves_no_moments():
+    x = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    layer = jbn.linen.BatchNorm()
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    apply = jax.jit(lambda flag: layer.apply(variables, x, flag, mutable=["batch_stats", "batch_moments"])[1])
+    assert float(apply(True)["batch_moments"]["moments"].count[0]) == 0
+    assert float(apply(False)["batch_moments"]["moments"].count[0]) == 8

@@ -252,3 +252,29 @@ def test_an_exported_training_step_takes_any_batch_size(masked):
     for rows in (4, 8):
         expected = step(X[:rows], MASK[:rows])
         assert_trees_close(exported.call(X[:rows], MASK[:rows]), expected, TOLERANCE)
+
+
+AROUND = {
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "scan": lambda f: lambda x: jax.lax.scan(lambda carry, _: (carry, f(x)), 0, None, length=1)[1][0],
+    "cond": lambda f: lambda x: jax.lax.cond(True, f, lambda x: x, x),
+    "map": lambda f: lambda x: jax.lax.map(f, x[None])[0],
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+@pytest.mark.parametrize("devices", [4, 16])
+def test_a_staged_vmap_is_differentiable_twice(around, devices):
+    """JAX runs the rule of what jit, scan and checkpoint staged when the axis name is no longer bound."""
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.standard_normal((devices, 5, 3)).astype(np.float32) for _ in range(2))
+    layer = functools.partial(jbn.batch_norm, jbn.init(3)[0], None, use_running_average=False)
+    cut = around(jax.vmap(lambda x: layer(x, axis_name="data")[0], axis_name="data"))
+
+    def gradients(y):
+        first = jax.grad(lambda x: jnp.sum(y(x) ** 2 * cotangent))
+        return first(x), jax.grad(lambda x: jnp.sum(first(x) * cotangent))(x)
+
+    expected = gradients(lambda x: layer(x)[0])
+    assert_trees_close(gradients(cut), expected, TOLERANCE)
