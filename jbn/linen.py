@@ -210,8 +210,8 @@ def replace_batch_norm(**overrides: Any) -> Iterator[None]:
     statistics, modes and settings stay as they are, except for the overrides. Subclasses of Flax's layer, and
     all other layers, are left alone. Contexts nest, inner overrides first, and hold for one thread.
 
-    The layers are replaced while a function is traced. What `jax.jit` or `nn.jit` has compiled already, inside
-    of a context or outside, it does not trace again: use a jitted function of its own for each context.
+    The layers are replaced while a function is traced. What `jax.jit` or `nn.jit` has compiled already, in a
+    context or outside, it does not trace again: use a jitted function of its own for each context.
 
     Args:
       **overrides: fields of `jbn.linen.BatchNorm` that get these values in all layers.
