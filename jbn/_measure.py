@@ -69,9 +69,10 @@ def _measure_complex(x: X, weights: Array | None, reduction: Reduction) -> Measu
 
 
 def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...]) -> Measured:
-    shift = lax.stop_gradient(_shift(x, weights, axes))
+    total, values = _counts(x, weights, axes)
+    shift = lax.stop_gradient(_shift(x, weights, axes, total))
     offset = centre(x, shift, weights)
-    total, values = (jnp.broadcast_to(n, shift.shape) for n in _counts(x, weights, axes))
+    total, values = (jnp.broadcast_to(n, shift.shape) for n in (total, values))
     divisor = _or_one(total)
     rest = _weighted_sum(offset, weights, axes) / divisor
     var = _weighted_sum(offset * offset, weights, axes) / divisor - rest * rest
@@ -83,13 +84,17 @@ def used(weights: Array) -> Bool[Array, "..."]:
     return weights if weights.dtype == bool else weights > 0
 
 
+def zeroed(value: Array, weights: Array | None) -> Array:
+    """0 for entries that take no part."""
+    return value if weights is None else jnp.where(used(weights), value, jnp.zeros_like(value))
+
+
 def centre(x: X, shift: Array, weights: Array | None) -> Array:
     """x - shift, and 0 for entries that take no part."""
-    offset = x.astype(shift.dtype) - shift
-    return offset if weights is None else jnp.where(used(weights), offset, jnp.zeros_like(offset))
+    return zeroed(x.astype(shift.dtype) - shift, weights)
 
 
-def _shift(x: X, weights: Array | None, axes: tuple[int, ...]) -> Array:
+def _shift(x: X, weights: Array | None, axes: tuple[int, ...], total: Array) -> Array:
     """A constant near the data, per channel: the mean of the first rows, or of all rows.
 
     The first n of N examples bound (shift - mean)^2 by N/n times the variance, so that however far out they
@@ -107,8 +112,7 @@ def _shift(x: X, weights: Array | None, axes: tuple[int, ...]) -> Array:
     taken, rows = used(weights), x.astype(dtype)
     low = jnp.min(rows, axes, keepdims=True, where=taken, initial=np.inf)
     high = jnp.max(rows, axes, keepdims=True, where=taken, initial=-np.inf)
-    total, _ = _counts(x, weights, axes)
-    mean = _weighted_sum(jnp.where(taken, rows, jnp.zeros_like(rows)), weights, axes) / _or_one(total)
+    mean = _weighted_sum(zeroed(rows, weights), weights, axes) / _or_one(total)
     return jnp.where(low > high, jnp.zeros_like(mean), jnp.clip(mean, low, high))
 
 
@@ -132,17 +136,13 @@ def _counts(x: X, weights: Array | None, axes: tuple[int, ...]) -> tuple[Array, 
     values = repeats * jnp.sum(used(weights), axes, dtype=dtype, keepdims=True)
     if weights.dtype == bool:
         return values, values
-    return repeats * jnp.sum(_used_weights(weights, dtype), axes, keepdims=True), values
-
-
-def _used_weights(weights: Array, dtype: np.dtype) -> Array:
-    return jnp.where(used(weights), weights.astype(dtype), jnp.zeros_like(weights, dtype))
+    return repeats * jnp.sum(zeroed(weights.astype(dtype), weights), axes, keepdims=True), values
 
 
 def _weighted_sum(values: Array, weights: Array | None, axes: tuple[int, ...]) -> Array:
     """Sum of weight times value; values of entries that take no part are 0 already."""
     if weights is not None and weights.dtype != bool:
-        values = values * _used_weights(weights, values.real.dtype)
+        values = values * zeroed(weights.astype(values.real.dtype), weights)
     return jnp.sum(values, axes, keepdims=True)
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jbn._devices import Reduction
-from jbn._measure import Measured, centre, dot, expectations, measure, sums, used
+from jbn._measure import Measured, centre, dot, expectations, measure, sums, used, zeroed
 from jbn._types import X, wide, working
 
 
@@ -97,8 +97,8 @@ def _tangent_sums(
 
 def _offset_and_tangent(x: X, weights: Array | None, measured: Measured, x_dot: Array) -> tuple[Array, Array]:
     """x - mean and x_dot, both 0 for entries that take no part."""
-    offset = _zeroed(centre(x, measured.shift, weights) - measured.rest, weights)
-    return offset, _zeroed(x_dot.astype(offset.dtype), weights)
+    offset = zeroed(centre(x, measured.shift, weights) - measured.rest, weights)
+    return offset, zeroed(x_dot.astype(offset.dtype), weights)
 
 
 def _tangent(
@@ -124,7 +124,7 @@ def _tangent(
     if scale_dot is not None:
         slope = r.astype(kind) * scale_dot.astype(kind) + slope
     y_dot = a * x_dot.astype(kind) + constant + offset.astype(kind) * slope
-    return _zeroed(y_dot, weights).astype(config.dtype), mean_dot, 2 * half_var_dot
+    return zeroed(y_dot, weights).astype(config.dtype), mean_dot, 2 * half_var_dot
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -165,11 +165,6 @@ def inverse_deviation(var: Float[Array, "..."], epsilon: float) -> Float[Array, 
     return jnp.where(
         positive, lax.rsqrt(jnp.where(positive, square, jnp.ones_like(square))), jnp.zeros_like(var)
     )
-
-
-def _zeroed(value: Array, weights: Array | None) -> Array:
-    """0 for entries that take no part."""
-    return value if weights is None else jnp.where(used(weights), value, jnp.zeros_like(value))
 
 
 def _finite(y: Array, weights: Array | None) -> Array:

@@ -47,6 +47,11 @@ def working(*dtypes: Dtype) -> np.dtype:
     return np.result_type(wide(*dtypes), np.complex64 if is_complex else np.float32)
 
 
+def complex_like(mean: Array, x: X) -> Array:
+    """The mean, complex where x is: Flax starts the running mean of complex x as a real zero."""
+    return mean.astype(jnp.complex64) if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean) else mean
+
+
 def output(x: X, dtype: Dtype | None) -> np.dtype:
     """The dtype of y: the one asked for, else that of x, and float32 for integer x."""
     if dtype is not None:

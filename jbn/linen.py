@@ -16,7 +16,7 @@ from jaxtyping import Array
 from jbn._batch_norm import run
 from jbn._checks import check_x, error, feature_shape, naming
 from jbn._moments import merge
-from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
+from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, complex_like
 
 _OVERRIDES: ContextVar[dict[str, Any]] = ContextVar("overrides", default={})  # noqa: B039 - never changed
 
@@ -137,7 +137,7 @@ class BatchNorm(nn.Module):
                 dtype = canonicalize_dtype(x, *params.values(), dtype=self.dtype)
             y, batch_stats, moments = run(
                 params,
-                {"mean": self._like_x(mean.value, x), "var": var.value},
+                {"mean": complex_like(mean.value, x), "var": var.value},
                 x,
                 use_running_average=flag,
                 axis=self.axis,
@@ -195,11 +195,6 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", self.mean_init, key, features, kind)
         var = self.variable("batch_stats", "var", self.var_init, key, features, jnp.float32)
         return mean, var
-
-    @staticmethod
-    def _like_x(mean: Array, x: X) -> Array:
-        """The mean of complex x is complex; Flax starts it as a real zero."""
-        return mean.astype(jnp.complex64) if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean) else mean
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jbn._batch_norm import run
 from jbn._checks import error, naming
 from jbn._moments import Moments, merge
-from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
+from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, complex_like
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -175,12 +175,9 @@ class BatchNorm(nnx.Module):
             for name, param in (("scale", self.scale), ("bias", self.bias)):
                 if param is not None:
                     params[name] = param[...]
-            mean = self.mean[...]
-            if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
-                mean = mean.astype(jnp.complex64)
             y, batch_stats, moments = run(
                 jax.lax.stop_gradient(params) if self.frozen else params,
-                {"mean": mean, "var": self.var[...]},
+                {"mean": complex_like(self.mean[...], x), "var": self.var[...]},
                 x,
                 use_running_average=flag,
                 axis=self.axis,
