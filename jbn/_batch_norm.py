@@ -70,10 +70,13 @@ def init(
     Reference: Ioffe and Szegedy 2015, arXiv 1502.03167.
     """
     shape = tuple(features) if isinstance(features, Sequence) else (features,)
-    if not shape or not all(isinstance(size, (int, np.integer)) and size >= 0 for size in shape):
+    if not shape or not all(
+        type(n) is not bool and isinstance(n, (int, np.integer)) and n >= 0 for n in shape
+    ):
         raise _checks.error(
             "init", "features", repr(features), "an int or a tuple of ints", "Usually x.shape[-1]."
         )
+    _checks.check_param_dtype("init", param_dtype)
     params = {}
     if use_scale:
         params["scale"] = jnp.ones(shape, param_dtype)
@@ -163,6 +166,7 @@ def batch_norm(
     return y, new_stats
 
 
+@_checks.naming("jbn.batch_norm")
 def run(
     params: Params | None,
     batch_stats: Stats,

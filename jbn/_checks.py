@@ -1,7 +1,7 @@
 """Static validation: what is wrong with a call is said while it is traced, in four parts.
 
 The builder `error` makes every text: which argument of which call, what came, what was expected, how to
-mend it. A layer adds its own name and path once, around the call into the core.
+mend it. A layer puts its own name and path in the place of the core's, around the call into the core.
 """
 
 import contextlib
@@ -18,11 +18,17 @@ from jaxtyping import Array
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, X, describe, output, sharded_like
 
 _NUMBERS = (int, float, np.number, np.ndarray, jax.Array)
-_RIGHT_SIZE = "Pass jbn.init(features) for as many features as x has, or set axis to x's feature axis."
+_RIGHT_SIZE = (
+    "Make them for as many features as x has (jbn.init(features), num_features), or set axis to x's "
+    "feature axis."
+)
 
 
 class ArgumentError(ValueError):
-    """An argument that jbn cannot work with."""
+    """An argument that jbn cannot work with: which call, and what is wrong."""
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
 
 
 class UnboundAxisError(ArgumentError, NameError):
@@ -33,16 +39,16 @@ def error(
     call: str, argument: str, got: str, expected: str, fix: str, kind: type[ArgumentError] = ArgumentError
 ) -> ArgumentError:
     """The one builder of error texts."""
-    return kind(f"jbn.{call}: {argument} is {got}. Expected {expected}. {fix}")
+    return kind(f"jbn.{call}", f"{argument} is {got}. Expected {expected}. {fix}")
 
 
 @contextlib.contextmanager
-def naming(layer: str) -> Iterator[None]:
-    """Puts the layer's name and path before what the core says; once, at the call into the core."""
+def naming(call: str) -> Iterator[None]:
+    """Errors inside are those of this call, for the user knows no other; also a decorator."""
     try:
         yield
     except ArgumentError as caught:
-        raise type(caught)(f"{layer}: {caught}") from None
+        raise type(caught)(call, *caught.args[1:]) from None
 
 
 def check_x(call: str, x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
@@ -69,9 +75,15 @@ def check_x(call: str, x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
 
 
 def check_entries(call: str, argument: str, given: Any, allowed: Sequence[str]) -> None:
-    """A mapping of one layer's arrays, not of a whole model."""
-    if not isinstance(given, Mapping):
-        raise error(call, argument, describe(given), f"a mapping with {', '.join(allowed)}", "See jbn.init.")
+    """A mapping of one layer's arrays, not of a whole model, and one that JAX can look into."""
+    if not isinstance(given, Mapping) or jax.tree_util.all_leaves([given]):
+        raise error(
+            call,
+            argument,
+            describe(given),
+            f"a dict or FrozenDict with {', '.join(allowed)}",
+            "See jbn.init.",
+        )
     if unknown := sorted(str(key) for key in given if key not in allowed):
         raise error(
             call,
@@ -80,6 +92,15 @@ def check_entries(call: str, argument: str, given: Any, allowed: Sequence[str]) 
             f"no entry but {', '.join(allowed)}",
             "Pass the collection of one layer, for example variables['params']['BatchNorm_0'].",
         )
+    for name, value in given.items():
+        if isinstance(value, (list, tuple)) or as_numbers(value) is None:
+            raise error(
+                call,
+                f"{argument}[{name!r}]",
+                describe(value),
+                "an array of numbers",
+                "Leave out what the layer does not have; convert lists with jnp.asarray.",
+            )
 
 
 def check_param(call: str, argument: str, value: Array, x: X, axes: tuple[int, ...]) -> None:
@@ -95,6 +116,16 @@ def check_param(call: str, argument: str, value: Array, x: X, axes: tuple[int, .
         )
 
 
+def check_param_dtype(call: str, dtype: Dtype) -> None:
+    """A dtype that can hold a scale."""
+    try:
+        good = jnp.issubdtype(dtype, jnp.inexact)
+    except TypeError:
+        good = False
+    if not good:
+        raise error(call, "param_dtype", repr(dtype), "a floating or complex dtype", "Usually jnp.float32.")
+
+
 def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> None:
     """mean and var, one value per channel, perhaps with count and rows; a complex mean for complex x."""
     check_entries(call, "batch_stats", stats, ("mean", "var", "count", "rows"))
@@ -106,6 +137,14 @@ def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> Non
         shape = () if name == "count" else feature_shape(x, axes)
         if jnp.shape(value) != shape:
             raise error(call, f"batch_stats[{name!r}]", describe(value), f"shape {shape}", _RIGHT_SIZE)
+        if name != "count" and not jnp.issubdtype(jnp.asarray(value).dtype, jnp.inexact):
+            raise error(
+                call,
+                f"batch_stats[{name!r}]",
+                describe(value),
+                "a floating dtype",
+                "An integer could not hold an average: keep statistics in float32.",
+            )
     if jnp.iscomplexobj(x) and not jnp.iscomplexobj(stats["mean"]):
         raise error(
             call,
@@ -165,6 +204,18 @@ def check_flag(call: str, flag: Any) -> bool | Array:
             "Pass a bool, or a bool array of shape ().",
         )
     return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
+
+
+def check_static(call: str, argument: str, flag: Any) -> None:
+    """A choice of what is written, which cannot be made while the compiled program runs."""
+    if not isinstance(flag, (bool, np.bool_)):
+        raise error(
+            call,
+            argument,
+            describe(flag),
+            "True or False",
+            f"Under jit make it static, jax.jit(..., static_argnames={argument!r}), or close over it.",
+        )
 
 
 def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:

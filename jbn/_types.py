@@ -47,9 +47,15 @@ def working(*dtypes: Dtype) -> np.dtype:
     return np.result_type(wide(*dtypes), np.complex64 if is_complex else np.float32)
 
 
-def complex_like(mean: Array, x: X) -> Array:
-    """The mean, complex where x is: Flax starts the running mean of complex x as a real zero."""
-    return mean.astype(jnp.complex64) if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean) else mean
+def kept(batch_stats: BatchStats, x: X) -> dict[str, Array]:
+    """Running statistics as the layers keep them: in float32 or wider, the mean complex where x is.
+
+    A checkpoint may hold bfloat16, in which averages stall; Flax starts the mean of complex x as a real 0.
+    """
+    kinds = {"mean": jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32, "var": jnp.float32}
+    return {
+        name: batch_stats[name].astype(working(batch_stats[name].dtype, kind)) for name, kind in kinds.items()
+    }
 
 
 def output(x: X, dtype: Dtype | None) -> np.dtype:

@@ -9,14 +9,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import serialization
+from flax.core.scope import DenyList
 from flax.linen import initializers
 from flax.linen.dtypes import canonicalize_dtype
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
 from jbn._batch_norm import run
-from jbn._checks import check_x, error, feature_shape, naming
-from jbn._moments import merge
-from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, complex_like
+from jbn._checks import check_flag, check_static, check_x, error, feature_shape, naming
+from jbn._moments import Moments, merge
+from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
+
+serialization.register_serialization_state(
+    Moments, lambda moments: dict(vars(moments)), lambda moments, state: dataclasses.replace(moments, **state)
+)
 
 _OVERRIDES: ContextVar[dict[str, Any]] = ContextVar("overrides", default={})  # noqa: B039 - never changed
 
@@ -59,7 +66,7 @@ class BatchNorm(nn.Module):
       frozen: uses the running statistics, writes nothing, and gives no gradient to scale and bias: the whole
         layer is a constant, whatever the mode.
 
-    While the collection `batch_moments` is mutable, training leaves the batch's `jbn.Moments` there, merged
+    If `mutable` names the collection `batch_moments`, training leaves the batch's `jbn.Moments` there, merged
     with those that are there already: recalibration and gradient accumulation read them.
 
     Example:
@@ -117,7 +124,8 @@ class BatchNorm(nn.Module):
           ValueError: an argument that does not fit, or a `batch_stats` that is missing or immutable.
           NameError: an axis name that nothing binds, in training.
         """
-        with naming(f"BatchNorm {'/'.join(self.path)!r}" if self.path else "BatchNorm"):
+        with naming("jbn.linen.BatchNorm" + (f" {'/'.join(self.path)!r}" if self.path else "")):
+            check_static("BatchNorm", "update_batch_stats", update_batch_stats)
             flag = True if self.frozen else self._mode(use_running_average)
             x, axes = check_x("linen.BatchNorm", x, self.axis)
             params = self._params(feature_shape(x, axes))
@@ -137,7 +145,7 @@ class BatchNorm(nn.Module):
                 dtype = canonicalize_dtype(x, *params.values(), dtype=self.dtype)
             y, batch_stats, moments = run(
                 params,
-                {"mean": complex_like(mean.value, x), "var": var.value},
+                kept({"mean": mean.value, "var": var.value}, x),
                 x,
                 use_running_average=flag,
                 axis=self.axis,
@@ -151,11 +159,16 @@ class BatchNorm(nn.Module):
             )
         if writes:
             mean.value, var.value = batch_stats["mean"], batch_stats["var"]
-        if moments is not None and not starting and self.is_mutable_collection("batch_moments"):
+        if moments is not None and not starting and self._keeps_moments():
             if self.has_variable("batch_moments", "moments"):
                 moments = merge(self.get_variable("batch_moments", "moments"), moments)
             self.put_variable("batch_moments", "moments", moments)
         return y
+
+    def _keeps_moments(self) -> bool:
+        """Whether the collection is asked for by name: `mutable=True` gives those that Flax gives."""
+        asked = None if self.scope is None else self.scope.mutable
+        return not isinstance(asked, (bool, DenyList)) and self.is_mutable_collection("batch_moments")
 
     def _mode(self, argument: Flag | None) -> Flag:
         """use_running_average, said once: in the constructor or in the call."""
@@ -168,7 +181,7 @@ class BatchNorm(nn.Module):
                 "it in the constructor or in the call, once",
                 "Pass use_running_average=False in training and True in evaluation.",
             )
-        return given[0]
+        return check_flag("linen.BatchNorm", given[0])
 
     def _params(self, features: tuple[int, ...]) -> dict[str, Array]:
         params = {}
@@ -197,16 +210,24 @@ class BatchNorm(nn.Module):
         return mean, var
 
 
+class _StandIn(BatchNorm):
+    """In the place of one of Flax's layers, which captures the intermediates of the call that it got."""
+
+    @nn.nowrap
+    def sow(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+
 @contextlib.contextmanager
 def replace_batch_norm(**overrides: Any) -> Iterator[None]:
     """Makes every `flax.linen.BatchNorm` that is applied inside run as `jbn.linen.BatchNorm`.
 
     Models that somebody else wrote get accurate, masked or synchronised batch norm with no edit. Parameters,
-    statistics, modes and settings stay as they are, except for the overrides. Subclasses of Flax's layer, and
-    all other layers, are left alone. Contexts nest, inner overrides first, and hold for one thread.
+    statistics, modes and settings stay as they are, except for the overrides; an override of
+    `use_running_average` counts for more than what the model says in its calls. Subclasses of Flax's layer,
+    and all other layers, are left alone. Contexts nest, inner overrides first, and hold for one thread.
 
-    The layers are replaced while a function is traced. What `jax.jit` or `nn.jit` has compiled already, in a
-    context or outside, it does not trace again: use a jitted function of its own for each context.
+    What `jax.jit` has compiled outside is traced again inside, once for each set of overrides.
 
     Args:
       **overrides: fields of `jbn.linen.BatchNorm` that get these values in all layers.
@@ -223,7 +244,7 @@ def replace_batch_norm(**overrides: Any) -> Iterator[None]:
       >>> print(new["batch_stats"]["mean"])
       [1.]
     """
-    fields = {field.name for field in dataclasses.fields(BatchNorm)} - {"parent", "name"}
+    fields = _fields(BatchNorm)
     if unknown := sorted(set(overrides) - fields):
         raise error(
             "linen.replace_batch_norm",
@@ -239,13 +260,26 @@ def replace_batch_norm(**overrides: Any) -> Iterator[None]:
         flax_layer = context.module
         if type(flax_layer) is not nn.BatchNorm or context.method_name != "__call__":
             return call(*args, **kwargs)
-        settings = {name: getattr(flax_layer, name) for name in fields if hasattr(flax_layer, name)}
+        settings = {name: getattr(flax_layer, name) for name in fields & _fields(nn.BatchNorm)}
         scope: Any = flax_layer.scope  # ours has its variables where Flax's has them
-        return BatchNorm(**(settings | _OVERRIDES.get()), parent=scope)(*args, **kwargs)
+        ours = _StandIn(**(settings | _OVERRIDES.get()), parent=scope)
+
+        def run(x: X, use_running_average: Flag | None = None, **options: Any) -> Array:
+            overridden = "use_running_average" in _OVERRIDES.get()
+            return ours(x, None if overridden else use_running_average, **options)
+
+        return run(*args, **kwargs)
 
     token = _OVERRIDES.set(_OVERRIDES.get() | overrides)
+    # Metadata is part of the key by which JAX finds what it has traced, overrides must be too.
+    traced_again = set_xla_metadata(jbn_replace_batch_norm=repr(sorted(_OVERRIDES.get().items())))
     try:
-        with nn.intercept_methods(intercept):
+        with nn.intercept_methods(intercept), traced_again:
             yield
     finally:
         _OVERRIDES.reset(token)
+
+
+def _fields(layer: type[nn.Module]) -> set[str]:
+    """The settings of a layer, without what says where it is."""
+    return {field.name for field in dataclasses.fields(layer)} - {"parent", "name"}

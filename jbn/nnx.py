@@ -13,9 +13,9 @@ from jax.nn.initializers import Initializer, ones, zeros
 from jaxtyping import Array
 
 from jbn._batch_norm import run
-from jbn._checks import error, naming
+from jbn._checks import check_flag, check_static, error, naming
 from jbn._moments import Moments, merge
-from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, complex_like
+from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -51,7 +51,8 @@ class BatchNorm(nnx.Module):
       use_running_average: True in evaluation, False in training; `model.eval()` and `model.train()` set it,
         and an argument of the call has precedence.
       axis: the feature axis.
-      momentum: weighs the OLD statistics, `new = momentum * old + (1 - momentum) * batch`.
+      momentum: weighs the OLD statistics, `new = momentum * old + (1 - momentum) * batch`. A schedule sets
+        `layer.momentum = nnx.data(value)` to a scalar array, from the first value on.
       epsilon: added to the variance.
       dtype: of y; None: the one that x, the statistics, scale and bias promote to.
       param_dtype: of scale and bias.
@@ -169,7 +170,8 @@ class BatchNorm(nnx.Module):
           ValueError: an argument that does not fit, or no mode at all.
           NameError: an axis name that nothing binds, in training.
         """
-        with naming("BatchNorm"):
+        with naming(f"jbn.nnx.BatchNorm of {self.num_features} features"):
+            check_static("BatchNorm", "update_batch_stats", update_batch_stats)
             flag = True if self.frozen else self._mode(use_running_average)
             params: dict[str, Array] = {}
             for name, param in (("scale", self.scale), ("bias", self.bias)):
@@ -177,7 +179,7 @@ class BatchNorm(nnx.Module):
                     params[name] = param[...]
             y, batch_stats, moments = run(
                 jax.lax.stop_gradient(params) if self.frozen else params,
-                {"mean": complex_like(self.mean[...], x), "var": self.var[...]},
+                kept({"mean": self.mean[...], "var": self.var[...]}, x),
                 x,
                 use_running_average=flag,
                 axis=self.axis,
@@ -189,11 +191,11 @@ class BatchNorm(nnx.Module):
                 dtype=self._output_dtype(x, params),
             )
         if update_batch_stats and flag is not True:
-            if self.mean[...].dtype == batch_stats["mean"].dtype:
-                self.mean[...] = batch_stats["mean"]
-            else:  # complex from now on
-                self.mean.set_value(batch_stats["mean"])
-            self.var[...] = batch_stats["var"]
+            for variable, value in ((self.mean, batch_stats["mean"]), (self.var, batch_stats["var"])):
+                if variable[...].dtype == value.dtype:
+                    variable[...] = value
+                else:  # complex or wide from now on
+                    variable.set_value(value)
         if moments is not None and self.batch_moments is not None:
             self.batch_moments.set_value(merge(self.batch_moments.get_value(), moments))
         return y
@@ -219,7 +221,7 @@ class BatchNorm(nnx.Module):
                 "Call model.train() or model.eval(), or pass use_running_average=False in training and "
                 "True in evaluation.",
             )
-        return flag
+        return check_flag("nnx.BatchNorm", flag)
 
     def _output_dtype(self, x: X, params: Mapping[str, Array]) -> Dtype:
         """The dtype that Flax's rule gives y, or the one that the caller's `promote_dtype` gives."""
@@ -261,8 +263,8 @@ def replace_batch_norm(model: Model, **overrides: Any) -> Model:
 
     Models that somebody else wrote get accurate, masked or synchronised batch norm with no edit. The layers
     are changed in place, wherever in the model they are held, and share their variables, modes and settings
-    with what they were, except for the overrides. Subclasses of Flax's layer, and all other layers, are left
-    alone.
+    with what they were, except for the overrides. Those that are `jbn.nnx.BatchNorm` already get the
+    overrides too. Subclasses, and all other layers, are left alone.
 
     Args:
       model: any NNX module, a single batch norm included.
@@ -296,6 +298,7 @@ def replace_batch_norm(model: Model, **overrides: Any) -> Model:
             # The class alone: wherever the layer is held, and by however many, it stays one object.
             layer.__class__ = BatchNorm
             layer.batch_moments, layer.frozen = nnx.data(None), False
+        if type(module) is BatchNorm:
             for name, value in overrides.items():
                 setattr(layer, name, value)
     return model

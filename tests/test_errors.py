@@ -1,230 +1,13 @@
-"""Every error text in full: a person reads each of them here."""
+"""Every error says which argument of which call, what came, what was expected, how to mend it."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import pickle
+
 import pytest
 
 import jbn
+from tests import texts_core, texts_layers
 
-X = np.zeros((8, 4, 3), np.float32)
-PARAMS, STATS = jbn.init(3)
-
-
-def call(x=X, params=PARAMS, batch_stats=STATS, use_running_average=False, **settings):
-    return jbn.batch_norm(params, batch_stats, x, use_running_average=use_running_average, **settings)
-
-
-TEXTS = {
-    "x of text": (
-        lambda: call(x=np.array(["a"])),
-        "jbn.batch_norm: x is <U1[1]. Expected an array of numbers with at least one axis. Convert it first.",
-    ),
-    "x without axes": (
-        lambda: call(x=np.float32(1)),
-        "jbn.batch_norm: x is float32[]. Expected an array of numbers with at least one axis. "
-        "Convert it first.",
-    ),
-    "x of random keys": (
-        lambda: call(x=jax.random.key(0)[None]),
-        "jbn.batch_norm: x is key<fry>[1]. Expected an array of numbers with at least one axis."
-        " Convert it first.",
-    ),
-    "axis out of range": (
-        lambda: call(axis=3),
-        "jbn.batch_norm: axis is 3. Expected one or several different axes of x = "
-        "float32[8,4,3]. Name the feature axes: -1 for NHWC, 1 for NCHW.",
-    ),
-    "axis twice": (
-        lambda: call(axis=(0, -3)),
-        "jbn.batch_norm: axis is (0, -3). Expected one or several different axes of x = "
-        "float32[8,4,3]. Name the feature axes: -1 for NHWC, 1 for NCHW.",
-    ),
-    "axis of text": (
-        lambda: call(axis="C"),
-        "jbn.batch_norm: axis is 'C'. Expected one or several different axes of x = "
-        "float32[8,4,3]. Name the feature axes: -1 for NHWC, 1 for NCHW.",
-    ),
-    "foreign params": (
-        lambda: call(params={"gamma": 1}),
-        "jbn.batch_norm: params is a mapping with gamma. Expected no entry but scale, bias. "
-        "Pass the collection of one layer, for example variables['params']['BatchNorm_0'].",
-    ),
-    "params of a model": (
-        lambda: call(params={"BatchNorm_0": PARAMS}),
-        "jbn.batch_norm: params is a mapping with BatchNorm_0. Expected no entry but scale, "
-        "bias. Pass the collection of one layer, for example "
-        "variables['params']['BatchNorm_0'].",
-    ),
-    "params that are none": (
-        lambda: call(params=[1]),
-        "jbn.batch_norm: params is [1]. Expected a mapping with scale, bias. See jbn.init.",
-    ),
-    "params of another size": (
-        lambda: call(params=jbn.init(4)[0]),
-        "jbn.batch_norm: params['scale'] is float32[4]. Expected shape (3,), or one of 3 axes "
-        "that broadcasts to x = float32[8,4,3]. Pass jbn.init(features) for as many features as"
-        " x has, or set axis to x's feature axis.",
-    ),
-    "statistics without a variance": (
-        lambda: call(batch_stats={"mean": STATS["mean"]}),
-        "jbn.batch_norm: batch_stats is a mapping with mean. Expected mean and var. See jbn.init.",
-    ),
-    "statistics of a model": (
-        lambda: call(batch_stats={"BatchNorm_0": STATS}),
-        "jbn.batch_norm: batch_stats is a mapping with BatchNorm_0. Expected no entry but mean,"
-        " var, count, rows. Pass the collection of one layer, for example "
-        "variables['params']['BatchNorm_0'].",
-    ),
-    "statistics of another size": (
-        lambda: call(batch_stats=jbn.init(4)[1]),
-        "jbn.batch_norm: batch_stats['mean'] is float32[4]. Expected shape (3,). Pass "
-        "jbn.init(features) for as many features as x has, or set axis to x's feature axis.",
-    ),
-    "a real mean for complex x": (
-        lambda: call(x=X.astype(np.complex64)),
-        "jbn.batch_norm: batch_stats['mean'] is float32[3]. Expected a complex dtype for x = "
-        "complex64[8,4,3]. Cast it: mean.astype(jnp.complex64).",
-    ),
-    "momentum too large": (
-        lambda: call(momentum=1.5),
-        "jbn.batch_norm: momentum is 1.5. Expected a number from 0 to 1, or a scalar array. It "
-        "weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
-    ),
-    "momentum per channel": (
-        lambda: call(momentum=jnp.ones(3)),
-        "jbn.batch_norm: momentum is float32[3]. Expected a number from 0 to 1, or a scalar "
-        "array. It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
-    ),
-    "momentum of text": (
-        lambda: call(momentum="0.9"),
-        "jbn.batch_norm: momentum is '0.9'. Expected a number from 0 to 1, or a scalar array. "
-        "It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
-    ),
-    "negative epsilon": (
-        lambda: call(epsilon=-1.0),
-        "jbn.batch_norm: epsilon is -1.0. Expected a static number from 0 up. The usual one is 1e-5.",
-    ),
-    "traced epsilon": (
-        lambda: jax.jit(lambda e: call(epsilon=e))(np.float32(1)),
-        "jbn.batch_norm: epsilon is float32[]. Expected a static number from 0 up. The usual one is 1e-5.",
-    ),
-    "integer dtype": (
-        lambda: call(dtype=np.int32),
-        "jbn.batch_norm: dtype is <class 'numpy.int32'>. Expected a floating dtype. Convert y "
-        "afterwards if that is meant.",
-    ),
-    "unknown dtype": (
-        lambda: call(dtype="half-ish"),
-        "jbn.batch_norm: dtype is 'half-ish'. Expected a floating dtype. Convert y afterwards "
-        "if that is meant.",
-    ),
-    "real dtype for complex x": (
-        lambda: call(x=X.astype(np.complex64), batch_stats=None, dtype=np.float32),
-        "jbn.batch_norm: dtype is <class 'numpy.float32'>. Expected a complex dtype. Convert y "
-        "afterwards if that is meant.",
-    ),
-    "mode as a number": (
-        lambda: call(use_running_average=1),
-        "jbn.batch_norm: use_running_average is 1. Expected True (evaluation) or False "
-        "(training). Pass a bool, or a bool array of shape ().",
-    ),
-    "mode per example": (
-        lambda: call(use_running_average=jnp.ones(8, bool)),
-        "jbn.batch_norm: use_running_average is bool[8]. Expected True (evaluation) or False "
-        "(training). Pass a bool, or a bool array of shape ().",
-    ),
-    "mask of other examples": (
-        lambda: call(mask=np.ones(3, bool)),
-        "jbn.batch_norm: mask is bool[3] for x = float32[8,4,3]. Expected as many axes, each 1 "
-        "or x's size, or shape (8, 4) or a leading part of it. True marks what takes part: mask"
-        " = jnp.arange(x.shape[0]) < number_of_examples.",
-    ),
-    "mask of too many axes": (
-        lambda: call(mask=np.ones((8, 4, 3, 1), bool)),
-        "jbn.batch_norm: mask is bool[8,4,3,1] for x = float32[8,4,3]. Expected as many axes, "
-        "each 1 or x's size, or shape (8, 4) or a leading part of it. True marks what takes "
-        "part: mask = jnp.arange(x.shape[0]) < number_of_examples.",
-    ),
-    "complex mask": (
-        lambda: call(mask=np.ones(8, np.complex64)),
-        "jbn.batch_norm: mask is complex64[8]. Expected an array of bool or float. Compare it: mask > 0.",
-    ),
-    "mask of text": (
-        lambda: call(mask="all"),
-        "jbn.batch_norm: mask is 'all'. Expected an array of bool or float. Compare it: mask > 0.",
-    ),
-    "one value per channel": (
-        lambda: call(x=X[:1, :1]),
-        "jbn.batch_norm: x is float32[1,1,3], one value per channel. Expected a batch of at "
-        "least two values per channel in training. A single value has no variance and would "
-        "turn into bias: use a larger batch, use_running_average=True, or axis_name to "
-        "normalize over several devices.",
-    ),
-    "groups without an axis": (
-        lambda: call(axis_index_groups=[[0], [1]]),
-        "jbn.batch_norm: axis_index_groups is [[0], [1]] with axis_name=None. Expected groups "
-        "of equal size of the indices of a named axis. For example axis_name='data', "
-        "axis_index_groups=[[0, 1], [2, 3]].",
-    ),
-    "unequal groups": (
-        lambda: call(axis_name="data", axis_index_groups=[[0, 1], [2]]),
-        "jbn.batch_norm: axis_index_groups is [[0, 1], [2]] with axis_name='data'. Expected "
-        "groups of equal size of the indices of a named axis. For example axis_name='data', "
-        "axis_index_groups=[[0, 1], [2, 3]].",
-    ),
-    "groups under vmap": (
-        lambda: jax.vmap(
-            lambda x: call(x=x, axis_name="data", axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]]),
-            axis_name="data",
-        )(X),
-        "jbn.moments: axis_index_groups is ((0, 1, 2, 3), (4, 5, 6, 7)) under vmap, or under "
-        "shard_map with check_vma=True. Expected None there, where JAX cannot group devices. "
-        "Split the axis in two, for example a mesh of shape (groups, devices per group), and "
-        "pass the name of the second as axis_name.",
-    ),
-    "unbound axis": (
-        lambda: call(axis_name="data"),
-        "jbn.batch_norm: axis_name is 'data', which nothing around the call binds. Expected a "
-        "name bound by shard_map, pmap or vmap. Run the training step inside one of them with "
-        "this axis name, or leave axis_name out: under jit, sharded arrays are synchronised "
-        "without it.",
-    ),
-    "features of text": (
-        lambda: jbn.init("C"),
-        "jbn.init: features is 'C'. Expected an int or a tuple of ints. Usually x.shape[-1].",
-    ),
-    "negative features": (
-        lambda: jbn.init((3, -1)),
-        "jbn.init: features is (3, -1). Expected an int or a tuple of ints. Usually x.shape[-1].",
-    ),
-    "moments of an unbound axis": (
-        lambda: jbn.moments(X, axis_name="data"),
-        "jbn.moments: axis_name is 'data', which nothing around the call binds. Expected a name"
-        " bound by shard_map, pmap or vmap. Run the training step inside one of them with this "
-        "axis name, or leave axis_name out: under jit, sharded arrays are synchronised without "
-        "it.",
-    ),
-    "nothing to merge": (
-        jbn.merge,
-        "jbn.merge: moments is (). Expected one or more jbn.Moments of one shape. Merge the "
-        "moments of one layer, as from jbn.moments(x).",
-    ),
-    "merging different layers": (
-        lambda: jbn.merge(jbn.moments(X), jbn.moments(X, axis=1)),
-        "jbn.merge: moments is (float32[3], float32[4]). Expected one or more jbn.Moments of "
-        "one shape. Merge the moments of one layer, as from jbn.moments(x).",
-    ),
-    "update with another layer": (
-        lambda: jbn.update(STATS, jbn.moments(X, axis=1)),
-        "jbn.update: batch_stats['mean'] is float32[3]. Expected shape (4,). Pass "
-        "jbn.init(features) for as many features as x has, or set axis to x's feature axis.",
-    ),
-    "update without statistics": (
-        lambda: jbn.update(None, jbn.moments(X)),
-        "jbn.update: batch_stats is None. Expected a mapping with mean, var, count, rows. See jbn.init.",
-    ),
-}
+TEXTS = texts_core.TEXTS | texts_layers.TEXTS
 
 
 @pytest.mark.parametrize(("wrong", "text"), TEXTS.values(), ids=TEXTS)
@@ -234,6 +17,17 @@ def test_error_text(wrong, text):
     assert str(caught.value) == text
 
 
+def test_no_text_hides_another():
+    assert len(TEXTS) == len(texts_core.TEXTS) + len(texts_layers.TEXTS)
+
+
 def test_an_unbound_axis_is_a_name_error_as_in_jax():
     with pytest.raises(NameError):
-        call(axis_name="data")
+        texts_core.call(axis_name="data")
+
+
+def test_errors_survive_pickling():
+    """As in a pool of processes."""
+    with pytest.raises(ValueError, match="nothing around the call binds") as caught:
+        jbn.moments(texts_core.X, axis_name="data")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

@@ -1,5 +1,7 @@
 """Each difference from Flax's layers that the README lists: what Flax does, and what we do instead."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -78,11 +80,15 @@ def test_float_masks_are_weights():
 
 
 def test_masks_of_fewer_axes():
-    """[N] is the mask of examples; to Flax it is one of channels, or an error."""
+    """[N] is the mask of examples; to Flax it is one of channels where it has their number, else an error."""
     mask = np.arange(64) < 48
     with pytest.raises(ValueError, match="broadcast"):
         train(nn.BatchNorm, X, mask)
     assert_close(train(jbn.linen.BatchNorm, X, mask)[1]["mean"], X[:48].mean(0), tolerance(np.float32))
+    as_many, square = np.array([True, True, False]), X[:3]
+    theirs, ours = (train(kind, square, as_many)[1]["mean"] for kind in (nn.BatchNorm, jbn.linen.BatchNorm))
+    np.testing.assert_array_equal(np.isnan(theirs), ~as_many)
+    assert_close(ours, square[:2].mean(0), tolerance(np.float32))
 
 
 def test_one_value_per_channel_in_training():
@@ -119,3 +125,60 @@ def test_the_mean_of_complex_input_starts_complex():
         for kind in (nn.BatchNorm, jbn.linen.BatchNorm)
     ]
     assert [mean.dtype for mean in means] == [np.float32, np.complex64]
+
+
+def test_the_mode_may_be_traced():
+    stats = jbn.init(3)[1]
+
+    def evaluate(kind, mode):
+        variables = {"params": jbn.init(3)[0], "batch_stats": stats}
+        return kind(momentum=0.0).apply(variables, X, mode, mutable=["batch_stats"])[1]["batch_stats"]["mean"]
+
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        jax.jit(evaluate, static_argnums=0)(nn.BatchNorm, True)
+    ours = jax.jit(evaluate, static_argnums=0)
+    assert_close(ours(jbn.linen.BatchNorm, False), X.mean(0), tolerance(np.float32))
+    np.testing.assert_array_equal(ours(jbn.linen.BatchNorm, True), np.zeros(3, np.float32))
+
+
+def test_the_mode_is_a_bool():
+    """An integer is often a mistake: a `train` flag that was meant for another argument."""
+    variables = {"params": jbn.init(3)[0], "batch_stats": jbn.init(3)[1]}
+    assert_close(nn.BatchNorm(1).apply(variables, X), X, 1e-4)
+    with pytest.raises(ValueError, match="use_running_average is 1"):
+        jbn.linen.BatchNorm(1).apply(variables, X)
+
+
+def test_epsilon_is_static():
+    traced = lambda kind: jax.jit(lambda epsilon: train(kind, X, epsilon=epsilon)[0])(1e-5)  # noqa: E731
+    assert np.isfinite(traced(nn.BatchNorm)).all()
+    with pytest.raises(ValueError, match="epsilon is float32"):
+        traced(jbn.linen.BatchNorm)
+
+
+def test_statistics_stay_in_float32_for_float64(x64):
+    """Flax's turn into float64, which is a second compilation and no scan carry."""
+    x = X.astype(np.float64)
+    kinds = {nn.BatchNorm: np.float64, jbn.linen.BatchNorm: np.float32}
+    for kind, dtype in kinds.items():
+        assert train(kind, x)[1]["mean"].dtype == dtype
+
+
+def test_statistics_come_back_to_float32_from_a_checkpoint_in_bfloat16():
+    """They do in Flax's linen layer; in its NNX layer they stay, and an average of 101 never leaves 100."""
+    x = (X + 101).astype(np.float32)
+    theirs, ours = (kind(3, rngs=nnx.Rngs(0)) for kind in (nnx.BatchNorm, jbn.nnx.BatchNorm))
+    for layer in (theirs, ours):
+        layer.mean.set_value(jnp.full(3, 100, jnp.bfloat16))
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of the cast, for theirs
+            for _ in range(100):
+                layer(x)
+    np.testing.assert_array_equal(theirs.mean[...], np.full(3, 100, jnp.bfloat16))
+    assert ours.mean[...].dtype == np.float32
+    assert_close(ours.mean[...], 100 + (x.mean(0) - 100) * (1 - 0.99**100), tolerance(np.float32))
+    variables = {
+        "params": jbn.init(3)[0],
+        "batch_stats": jbn.init(3)[1] | {"mean": jnp.zeros(3, jnp.bfloat16)},
+    }
+    for kind in (nn.BatchNorm, jbn.linen.BatchNorm):
+        assert train(kind, x, variables=variables)[1]["mean"].dtype == np.float32

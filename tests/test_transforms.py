@@ -11,6 +11,7 @@ import pytest
 
 import jbn
 import jbn.linen
+from tests import reference
 from tests.cases import assert_close, assert_trees_close, tolerance
 
 TOLERANCE = tolerance(np.float32)
@@ -167,6 +168,22 @@ def test_nn_scan_over_layers_stacks_the_statistics(training):
         outputs.append(Block(training=training).apply(one, outputs[-1], mutable=["batch_stats"])[0][0])
     assert_close(y, outputs[-1], 8 * TOLERANCE)  # three normalizations, one after another
     assert_like_each(training, variables, outputs, (np.stack(outputs[1:]), new))
+
+
+def test_nn_map_variables():
+    """Parameters that are transformed before they are used, as in weight normalization."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            double = functools.partial(jax.tree.map, lambda leaf: 2 * leaf)
+            layer = nn.map_variables(jbn.linen.BatchNorm, "params", double)
+            return layer(False, momentum=0.0, name="bn")(x)
+
+    variables = {"params": {"bn": PARAMS}, "batch_stats": {"bn": BATCH_STATS}}
+    y, new = Net().apply(variables, X, mutable=["batch_stats"])
+    assert_close(y, 2 * reference.normalize(X, -1, None, None, 1e-5), TOLERANCE)
+    assert_close(new["batch_stats"]["bn"]["mean"], X.mean(0), TOLERANCE)
 
 
 def test_nn_vmap_over_models():
