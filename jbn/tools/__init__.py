@@ -1,0 +1,22 @@
+"""Tools for the life of a model: pure functions over variables, of linen and of NNX alike."""
+
+from jbn.tools._average import ema as ema
+from jbn.tools._average import merge_replicas as merge_replicas
+from jbn.tools._convert import from_equinox as from_equinox
+from jbn.tools._convert import from_haiku as from_haiku
+from jbn.tools._convert import from_keras as from_keras
+from jbn.tools._convert import from_torch as from_torch
+from jbn.tools._convert import settings_from as settings_from
+from jbn.tools._convert import settings_to as settings_to
+from jbn.tools._convert import to_equinox as to_equinox
+from jbn.tools._convert import to_haiku as to_haiku
+from jbn.tools._convert import to_keras as to_keras
+from jbn.tools._convert import to_torch as to_torch
+from jbn.tools._fold import fold as fold
+from jbn.tools._fold import fold_variables as fold_variables
+from jbn.tools._masks import freeze as freeze
+from jbn.tools._masks import weight_decay_mask as weight_decay_mask
+from jbn.tools._recalibrate import apply_moments as apply_moments
+from jbn.tools._recalibrate import recalibrate as recalibrate
+from jbn.tools._torch_model import from_torch_state_dict as from_torch_state_dict
+from jbn.tools._torch_model import torch_state_dict as torch_state_dict

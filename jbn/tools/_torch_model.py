@@ -1,0 +1,196 @@
+"""A whole model's arrays, between PyTorch and Flax.
+
+A mapping names the modules; what kind a module is shows in its arrays: batch norm by `_convert`, Conv and
+Dense by the order of the axes of their kernels.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jbn._checks import error, naming
+from jbn._types import describe
+from jbn.tools._convert import _as_jax, _host, from_torch, to_torch
+from jbn.tools._trees import Path, Variables, collections, dotted
+
+ModuleMapping: TypeAlias = Mapping[str, str | Path]
+"""PyTorch module ("layer1.0.bn1") to Flax module ("BasicBlock_0/BatchNorm_0", or a tuple)."""
+
+_KINDS = "the arrays of a Conv, Dense or batch norm"
+_OTHERS = "Convert other kinds by hand, and leave them out of both sides."
+
+
+def from_torch_state_dict(state_dict: Mapping[str, Any], mapping: ModuleMapping) -> dict[str, Any]:
+    """Flax variables of a PyTorch model.
+
+    - Batch norm: as `from_torch`. Its counter becomes `count` beside mean and var; Flax's layers leave it as
+      it is, and `torch_state_dict` writes it back.
+    - Conv, of any number of spatial axes, grouped or not: OIHW becomes HWIO.
+    - Dense (Linear): [out, in] becomes [in, out].
+
+    Only arrays are converted. What the model does with them is yours to match:
+
+    - `Conv(padding=1)` in PyTorch pads both sides by 1; with strides, Flax's "SAME" does not.
+    - epsilon and momentum: `settings_from`.
+    - A Dense behind a flattened image: PyTorch flattens [C, H, W], Flax [H, W, C]. Move the channels first.
+    - ConvTranspose and Embedding are not converted, and cannot be told from Conv and Dense by their arrays:
+      do not map them.
+
+    Args:
+      state_dict: tensors of any dtype and device, or arrays.
+      mapping: the PyTorch module, such as "layer1.0.bn1" ("" is the model itself), to the Flax module, such
+        as "BasicBlock_0/BatchNorm_0" or a tuple: each module with arrays of its own, once.
+
+    Returns:
+      `{"params": ..., "batch_stats": ...}`, without a collection that would be empty. Copies, as JAX arrays
+      of the same values and dtypes.
+
+    Raises:
+      ValueError: entries that no module of the mapping has, modules without an entry, or of another kind, all
+        by name.
+
+    Example:
+      >>> import numpy as np, jax, jbn.tools
+      >>> state_dict = {
+      ...     "conv.weight": np.zeros((8, 3, 5, 5), "f"),
+      ...     "bn.weight": np.ones(8, "f"),
+      ...     "bn.bias": np.zeros(8, "f"),
+      ...     "bn.running_mean": np.zeros(8, "f"),
+      ...     "bn.running_var": np.ones(8, "f"),
+      ...     "bn.num_batches_tracked": np.array(7),
+      ... }
+      >>> mapping = {"conv": "Conv_0", "bn": "BatchNorm_0"}
+      >>> variables = jbn.tools.from_torch_state_dict(state_dict, mapping)
+      >>> print(jax.tree.map(np.shape, variables["params"]))
+      {'BatchNorm_0': {'bias': (8,), 'scale': (8,)}, 'Conv_0': {'kernel': (5, 5, 3, 8)}}
+      >>> back = jbn.tools.torch_state_dict(variables, mapping)
+      >>> print(all(np.array_equal(back[name], array) for name, array in state_dict.items()))
+      True
+
+    Reference: Flax's guide "Convert PyTorch models to Flax".
+    """
+    call = "tools.from_torch_state_dict"
+    paths = _paths(call, mapping)
+    if not isinstance(state_dict, Mapping):
+        fix = "Pass model.state_dict()."
+        raise error(call, "state_dict", describe(state_dict), "a mapping of names to arrays", fix)
+    modules: dict[str, dict[str, Any]] = {}
+    for key, value in state_dict.items():
+        prefix, _, name = key.rpartition(".")
+        modules.setdefault(prefix, {})[name] = value
+    left = [key for key in state_dict if key.rpartition(".")[0] not in paths]
+    _check_covered(call, "state_dict", left, [prefix for prefix in paths if prefix not in modules])
+    flat: dict[str, dict[Path, Any]] = {"params": {}, "batch_stats": {}}
+    for prefix, path in paths.items():
+        with naming(f"module {prefix!r}"):
+            for collection, arrays in _from_module(call, modules[prefix]).items():
+                flat[collection] |= {(*path, name): array for name, array in arrays.items()}
+    return {collection: unflatten_dict(leaves) for collection, leaves in flat.items() if leaves}
+
+
+def torch_state_dict(variables: Variables, mapping: ModuleMapping) -> dict[str, np.ndarray]:
+    """The state_dict of a PyTorch model: the inverse of `from_torch_state_dict`, bit for bit.
+
+        arrays = torch_state_dict(variables, mapping)
+        model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    Batch norms without a `count` get no num_batches_tracked; load_state_dict then leaves the module's own.
+
+    Args:
+      variables: linen variables with `params` and `batch_stats` only, or an NNX module.
+      mapping: as for `from_torch_state_dict`.
+
+    Returns:
+      NumPy arrays, copies, by name.
+
+    Raises:
+      ValueError: leaves that no module of the mapping has, modules without a leaf, or of another kind, all by
+        name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn, jbn.tools
+      >>> variables = nn.Dense(4).init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> state_dict = jbn.tools.torch_state_dict(variables, {"fc": ()})
+      >>> print({name: array.shape for name, array in state_dict.items()})
+      {'fc.weight': (4, 3), 'fc.bias': (4,)}
+    """
+    call = "tools.torch_state_dict"
+    paths = _paths(call, mapping)
+    modules: dict[Path, dict[str, dict[str, Any]]] = {}
+    left = []
+    for collection, tree in collections(call, variables).items():
+        for full, value in flatten_dict(tree).items():
+            path: Path = tuple(map(str, full[:-1]))
+            if path in paths.values() and collection in ("params", "batch_stats"):
+                module = modules.setdefault(path, {"params": {}, "batch_stats": {}})
+                module[collection][full[-1]] = value
+            else:
+                left.append(dotted((collection, *full)))
+    _check_covered(call, "variables", left, [dotted(path) for path in paths.values() if path not in modules])
+    state_dict: dict[str, np.ndarray] = {}
+    for prefix, path in paths.items():
+        with naming(f"module {dotted(path)!r}"):
+            arrays = _to_module(call, **modules[path])
+        state_dict |= {f"{prefix}.{name}" if prefix else name: array for name, array in arrays.items()}
+    return state_dict
+
+
+def _from_module(call: str, arrays: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """One module's collections."""
+    if "running_mean" in arrays or "running_var" in arrays:
+        params, batch_stats = from_torch(arrays)
+        return {"params": params, "batch_stats": batch_stats}
+    host = {name: _host(array) for name, array in arrays.items()}
+    _check_kernel(call, "state_dict", "weight", host)
+    kernel = host.pop("weight")
+    host["kernel"] = kernel.transpose(*range(2, kernel.ndim), 1, 0)
+    return {"params": {name: _as_jax(call, name, np.array(host[name], order="C")) for name in sorted(host)}}
+
+
+def _to_module(call: str, params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """One module's state_dict."""
+    if batch_stats:
+        return to_torch(params, batch_stats)
+    host = {name: _host(array) for name, array in params.items()}
+    _check_kernel(call, "params", "kernel", host)
+    kernel = host.pop("kernel")
+    back = kernel.transpose(kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2))
+    return {"weight": np.array(back, order="C")} | host
+
+
+def _check_kernel(call: str, argument: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """A kernel of two axes or more, and perhaps a bias."""
+    kernel = arrays.get(name)
+    if kernel is None or kernel.ndim < 2 or arrays.keys() - {name, "bias"}:
+        got = ", ".join(f"{key} {describe(array)}" for key, array in arrays.items())
+        raise error(call, argument, got, _KINDS, _OTHERS)
+
+
+def _paths(call: str, mapping: Any) -> dict[str, Path]:
+    """The mapping with paths as tuples, no two of them the same."""
+    if not isinstance(mapping, Mapping):
+        expected, fix = (
+            "a mapping of PyTorch modules to Flax modules",
+            "{'conv': 'Conv_0', 'bn': 'BatchNorm_0'}.",
+        )
+        raise error(call, "mapping", describe(mapping), expected, f"For example {fix}")
+    paths: dict[str, Path] = {}
+    for prefix, path in mapping.items():
+        named = filter(None, path.split("/")) if isinstance(path, str) else map(str, path)
+        parts: Path = tuple(named)
+        if parts in paths.values():
+            fix = "A module that is shared, and listed twice by PyTorch, is one in Flax: take out the second."
+            raise error(call, "mapping", f"one with {dotted(parts)} twice", "each Flax module once", fix)
+        paths[prefix] = parts
+    return paths
+
+
+def _check_covered(call: str, argument: str, left: Collection[str], empty: Collection[str]) -> None:
+    """Nothing is dropped, and nothing is mapped in vain."""
+    found = [f"the unmapped {', '.join(left)}"] if left else []
+    found += [f"nothing of the mapped {', '.join(map(repr, empty))}"] if empty else []
+    if found:
+        fix = "Map each module that has arrays, and no other; take out what you convert by hand."
+        raise error(call, argument, f"one with {' and '.join(found)}", "exactly what mapping names", fix)

@@ -1,0 +1,133 @@
+"""Averages of models over replicas and over time, and which of their parameters belong to batch norms."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import freeze
+
+import jbn
+import jbn.linen
+import jbn.nnx
+import jbn.tools
+from tests.cases import assert_close, assert_trees_close, tolerance
+
+TOLERANCE = tolerance(np.float32)
+X = (np.random.default_rng(0).standard_normal((4, 16, 3)) * 2 + 5).astype(np.float32)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(name="scale_free")(nn.Dense(4, name="dense")(x))
+        return jbn.linen.BatchNorm(use_running_average=True, name="normal")(x)
+
+
+def linen():
+    return Net().init(jax.random.key(0), X[0])
+
+
+def nnx_net():
+    return nnx.Sequential(
+        nnx.Linear(3, 4, rngs=nnx.Rngs(0)),
+        nnx.LayerNorm(4, rngs=nnx.Rngs(0)),
+        nnx.BatchNorm(4, rngs=nnx.Rngs(0)),
+    )
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_replicas_of_equal_size_become_the_whole_batch(axis):
+    stats = {"mean": X.mean(1), "var": X.var(1)}
+    tree = {"a": {"bn": {name: np.moveaxis(value, 0, axis % 2) for name, value in stats.items()}}}
+    merged = jbn.tools.merge_replicas(tree, axis)["a"]["bn"]
+    assert_close(merged["mean"], X.reshape(-1, 3).mean(0), TOLERANCE)
+    assert_close(merged["var"], X.reshape(-1, 3).var(0), TOLERANCE)
+
+
+def test_replicas_that_pmap_left():
+    params, stats = jbn.init(3, count=True)
+    step = lambda x: jbn.batch_norm(params, stats, x, use_running_average=False, momentum=0.0)[1]  # noqa: E731
+    merged = jbn.tools.merge_replicas(jax.pmap(step)(X))
+    assert_close(merged["var"], X.reshape(-1, 3).var(0), TOLERANCE)
+    assert int(merged["count"]) == 1
+    np.testing.assert_array_equal(merged["rows"], np.full(3, 64, np.float32))
+
+
+def test_ema_averages_statistics_with_parameters():
+    old, new = linen(), jax.tree.map(lambda leaf: leaf + 1, linen())
+    averaged = jbn.tools.ema(old, new, 0.75)
+    assert_trees_close(averaged, jax.tree.map(lambda leaf: leaf + 0.25, old), TOLERANCE)
+
+
+def test_ema_of_nnx_models_leaves_counters_alone():
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.norm = jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+            self.steps = nnx.Variable(jnp.int32(0))
+
+    average, new = Counting(), Counting()
+    new.norm(X[0])
+    new.steps[...] += 5
+    averaged = jbn.tools.ema(average, new, 0.5)
+    assert_close(averaged.norm.mean[...], 0.5 * new.norm.mean[...], TOLERANCE)
+    assert int(averaged.steps[...]) == 5
+    assert int(average.steps[...]) == 0
+
+
+def test_bfloat16_averages_keep_their_dtype():
+    averaged = jbn.tools.ema({"a": jnp.ones(2, jnp.bfloat16)}, {"a": jnp.full(2, 3, jnp.bfloat16)}, 0.5)
+    np.testing.assert_array_equal(averaged["a"], np.full(2, 2, jnp.bfloat16))
+
+
+def test_batch_norms_are_found_by_their_statistics():
+    mask = jbn.tools.weight_decay_mask(linen())
+    assert mask == {
+        "dense": {"kernel": True, "bias": True},
+        "scale_free": {"scale": True, "bias": True},
+        "normal": {"scale": False, "bias": False},
+    }
+    assert jbn.tools.weight_decay_mask(freeze(linen())) == freeze(mask)
+    assert nnx.to_pure_dict(jbn.tools.weight_decay_mask(nnx_net())) == {
+        "layers": {0: mask["dense"], 1: mask["scale_free"], 2: mask["normal"]}
+    }
+
+
+def test_optax_decays_all_but_batch_norms():
+    params = linen()["params"]
+    optimizer = optax.chain(
+        optax.add_decayed_weights(0.5, jbn.tools.weight_decay_mask(linen())), optax.sgd(1.0)
+    )
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    assert_close(updates["dense"]["kernel"], -0.5 * params["dense"]["kernel"], TOLERANCE)
+    assert_close(updates["normal"]["scale"], np.zeros(4, np.float32), 0.0)
+
+
+def test_optax_holds_frozen_parameters_still():
+    params = linen()["params"]
+    parts = {"trainable": optax.sgd(1.0), "frozen": optax.set_to_zero()}
+    optimizer = optax.multi_transform(parts, jbn.tools.freeze(linen()))
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    for name, expected in (("dense", -1), ("scale_free", -1), ("normal", 0)):
+        np.testing.assert_array_equal(updates[name]["bias"], np.full(4, expected, np.float32))
+
+
+def test_optax_freezes_batch_norms_of_an_nnx_model():
+    model = nnx_net()
+    parts = {"trainable": optax.sgd(1.0), "frozen": optax.set_to_zero()}
+    optimizer = nnx.Optimizer(model, optax.multi_transform(parts, jbn.tools.freeze(model)), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    np.testing.assert_array_equal(model.layers[2].scale[...], np.ones(4, np.float32))
+    np.testing.assert_array_equal(model.layers[1].scale[...], np.zeros(4, np.float32))
+
+
+def test_replicas_that_do_not_fit_are_an_error():
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
+        jbn.tools.merge_replicas({"mean": np.zeros((2, 3), np.float32), "var": np.zeros((3, 3), np.float32)})
+    assert str(caught.value) == (
+        "jbn.tools.merge_replicas: batch_stats is arrays of float32[2,3], float32[3,3]. Expected one number "
+        "of replicas along axis 0, in all of them. Pass batch_stats as pmap or vmap returns it, with the axis "
+        "of the devices."
+    )
