@@ -128,6 +128,6 @@ def test_replicas_that_do_not_fit_are_an_error():
         jbn.tools.merge_replicas({"mean": np.zeros((2, 3), np.float32), "var": np.zeros((3, 3), np.float32)})
     assert str(caught.value) == (
         "jbn.tools.merge_replicas: batch_stats is arrays of float32[2,3], float32[3,3]. Expected one number "
-        "of replicas along axis 0, in all of them. Pass batch_stats as pmap or vmap returns it, with the axis "
-        "of the devices."
+        "of replicas along axis 0, in all of them. Pass batch_stats as pmap or vmap returns it, with the "
+        "axis of the devices."
     )
