@@ -83,6 +83,12 @@ def test_nnx_models(kind):
     assert new.first.use_running_average
 
 
+def test_nothing_is_printed_where_there_is_no_terminal(capfd):
+    variables, train = linen()
+    jbn.tools.recalibrate(train, variables, PARTS)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_twice_is_once():
     variables, train = linen()
     once = jbn.tools.recalibrate(train, variables, PARTS)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from rich.console import Console
 from rich.progress import track
 
 from jbn._checks import error
@@ -85,7 +86,10 @@ def recalibrate(
     )
     pooled: list[dict[Path, Moments]] = []
     means: list[dict[Path, Moments]] = []
-    for number, batch in enumerate(track(batches, "Recalibrating", disable=not progress, transient=True), 1):
+    console = Console(stderr=True)
+    shown = progress and console.is_terminal
+    bar = track(batches, "Recalibrating", console=console, disable=not shown, transient=True)
+    for number, batch in enumerate(bar, 1):
         found = measure(batch)
         pooled = _grouped([*pooled, found])
         means = _grouped([*means, {path: _as_one_row(m) for path, m in found.items()}])
