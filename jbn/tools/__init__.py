@@ -16,7 +16,9 @@ from jbn.tools._fold import fold as fold
 from jbn.tools._fold import fold_variables as fold_variables
 from jbn.tools._masks import freeze as freeze
 from jbn.tools._masks import weight_decay_mask as weight_decay_mask
+from jbn.tools._plot import plot as plot
 from jbn.tools._recalibrate import apply_moments as apply_moments
 from jbn.tools._recalibrate import recalibrate as recalibrate
+from jbn.tools._report import report as report
 from jbn.tools._torch_model import from_torch_state_dict as from_torch_state_dict
 from jbn.tools._torch_model import torch_state_dict as torch_state_dict

@@ -1,0 +1,184 @@
+"""The report as a picture: one line per layer, and on it every channel."""
+
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jbn._checks import error
+from jbn.tools._report import FAR, Channels, LayerReport, MomentsOf, Report, report
+from jbn.tools._trees import Variables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_CALL = "tools.plot"
+_DARK, _GOOD, _FAR, _BAND = "#222222", "#0072b2", "#d55e00", "#e8e8e8"  # blue and orange: Okabe and Ito
+_LINE, _MARGIN = 0.26, 2.0  # inches per layer, and above and below all of them
+_LONGEST = 44
+
+
+class _Panel(NamedTuple):
+    """What one column of the picture shows."""
+
+    title: str
+    unit: str
+    values: Callable[[Channels], np.ndarray | None]
+    scale: str
+    band: float = 0.0
+
+
+_DRIFT = (
+    _Panel(
+        "running mean less batch mean",
+        "standard deviations of the batch",
+        lambda channels: channels.mean_drift,
+        "symlog",
+        0.5,
+    ),
+    _Panel(
+        "running variance over batch variance",
+        "log2: 1 is twice, -1 is half the variance of the batch",
+        lambda channels: channels.var_drift,
+        "symlog",
+        1.0,
+    ),
+)
+_RANGES = (
+    _Panel("running mean", "units of x", lambda channels: channels.mean, "symlog"),
+    _Panel("running variance", "units of x, squared", lambda channels: channels.var, "log"),
+    _Panel("|scale|", "units of y", lambda channels: channels.scale, "linear"),
+)
+
+
+def plot(
+    model: Report | Variables,
+    moments: MomentsOf | None = None,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    epsilon: float = 1e-5,
+) -> "Figure":
+    """Draws a report: a line per layer, every channel a stroke on it, the median a dot, worst layer on top.
+
+    With moments of a batch the left panel shows mean drift and the right one variance drift, both as in
+    `report`, and a layer is orange where its drift is above 0.5. Without moments there are three panels: the
+    running mean, the running variance and |scale|. What is wrong stands above, as below the printed report.
+
+    The axes of drift, and that of means, are linear from -1 to 1 and logarithmic outside: one layer that is
+    far off leaves the others legible.
+
+    Args:
+      model: a `Report`, linen variables, or an NNX module.
+      moments: as for `report`; None if model is a `Report`, which has them.
+      path: where to save a picture, such as `"drift.png"`.
+      epsilon: that of the layers; a `Report` has it.
+
+    Returns:
+      The figure. It belongs to no window: nothing needs to be closed, and no display is needed.
+
+    Raises:
+      ValueError: matplotlib is not installed, moments for a `Report`, and what `report` raises.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn.tools
+      >>> params, batch_stats = jbn.init(2)
+      >>> variables = {"params": {"bn": params}, "batch_stats": {"bn": batch_stats}}
+      >>> batch = jbn.moments(jnp.array([[0.5, 2.0], [-1.5, 4.0]]))
+      >>> figure = jbn.tools.plot(variables, {"bn": batch})
+      >>> [axes.get_title() for axes in figure.axes]
+      ['running mean less batch mean', 'running variance over batch variance']
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        fix = "Install it: pip install 'jbn[examples]', or pip install matplotlib."
+        raise error(_CALL, "matplotlib", "not installed", "it for a picture", fix) from None
+    if isinstance(model, Report) and moments is not None:
+        fix = "Pass the variables, or make the report with the moments."
+        raise error(_CALL, "moments", "given beside a report", "None, for a report has its own", fix)
+    found = model if isinstance(model, Report) else report(model, moments, epsilon=epsilon)
+    known = any(row.drift is not None for row in found.rows)
+    panels = _DRIFT if known else _RANGES
+    figure = Figure(figsize=(12.0, _MARGIN + _LINE * len(found.rows)), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(grid, panels, strict=True):
+        _draw(axes, panel, found)
+    _name_layers(grid[0], found.rows)
+    _remark(grid[-1], found.rows)
+    title = "\n".join(textwrap.fill(sentence, 120) for sentence in found.notes or (_fine(found, known),))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_DARK)
+    if path is not None:
+        figure.savefig(path, dpi=130)
+    return figure
+
+
+def _fine(found: Report, known: bool) -> str:
+    """The title where nothing is wrong."""
+    worst = max((row.drift for row in found.rows if row.drift is not None), default=0.0)
+    layers = f"{len(found.rows)} batch norm{'s' if len(found.rows) > 1 else ''}"
+    if not known:
+        return f"Running statistics and scale of {layers}"
+    return (
+        f"Running and batch statistics agree in {layers}: at most {worst:.2f} standard deviations of y apart"
+    )
+
+
+def _is_far(row: LayerReport) -> bool:
+    return bool(row.nonfinite) or (row.drift is not None and not row.drift <= FAR)
+
+
+def _draw(axes: "Axes", panel: _Panel, found: Report) -> None:
+    """One panel: strokes for channels, a bar for the middle half of them, a dot for their median."""
+    if panel.band:
+        axes.axvspan(-panel.band, panel.band, color=_BAND, zorder=0)
+        axes.axvline(0, color=_DARK, linewidth=0.8)
+    for place, (row, channels) in enumerate(zip(found.rows, found.channels, strict=True)):
+        values = panel.values(channels)
+        values = np.array([]) if values is None else values[np.isfinite(values)]
+        values = values[values > 0] if panel.scale == "log" else values
+        if values.size:
+            color = _FAR if _is_far(row) else _GOOD
+            low, middle, high = np.percentile(values, (25, 50, 75))
+            axes.plot(values, np.full(values.size, place), "|", color=color, alpha=0.5, rasterized=True)
+            axes.plot([low, high], [place, place], color=color, linewidth=5, alpha=0.6)
+            axes.plot(middle, place, "o", color="white", markeredgecolor=_DARK, markersize=5)
+    axes.set_xscale(panel.scale, **({"linthresh": 1.0} if panel.scale == "symlog" else {}))
+    axes.set_title(panel.title, fontsize=11, color=_DARK)
+    axes.set_xlabel(panel.unit, color=_DARK)
+    axes.tick_params(colors=_DARK)
+    axes.grid(axis="y", color=_BAND, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _name_layers(axes: "Axes", rows: Sequence[LayerReport]) -> None:
+    axes.set_yticks(range(len(rows)), [_short(row.path or ".") for row in rows], fontsize=9)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def _short(path: str) -> str:
+    half = (_LONGEST - 3) // 2
+    return path if len(path) <= _LONGEST else f"{path[:half]}...{path[-half:]}"
+
+
+def _remark(axes: "Axes", rows: Sequence[LayerReport]) -> None:
+    """To the right of each layer: its drift, and what is wrong in it."""
+    for place, row in enumerate(rows):
+        parts = [f"drift {row.drift:.2f}"] if row.drift is not None else []
+        parts += [f"{row.dead} dead"] if row.dead else []
+        parts += [f"{row.nonfinite} NaN or inf"] if row.nonfinite else []
+        parts += ["never updated"] if row.never_updated else []
+        color = _FAR if _is_far(row) else _DARK
+        axes.annotate(
+            ", ".join(parts),
+            (1, place),
+            (6, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=color,
+        )
