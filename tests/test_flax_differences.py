@@ -182,3 +182,12 @@ def test_statistics_come_back_to_float32_from_a_checkpoint_in_bfloat16():
     }
     for kind in (nn.BatchNorm, jbn.linen.BatchNorm):
         assert train(kind, x, variables=variables)[1]["mean"].dtype == np.float32
+
+
+def test_no_gradient_flows_through_the_statistics():
+    gradients = [
+        jax.grad(lambda x, kind=kind: jnp.sum(train(kind, x)[1]["mean"]))(X)
+        for kind in (nn.BatchNorm, jbn.linen.BatchNorm)
+    ]
+    assert_close(gradients[0], np.full_like(X, 1 / 64), tolerance(np.float32))
+    np.testing.assert_array_equal(gradients[1], np.zeros_like(X))
