@@ -17,23 +17,29 @@ if TYPE_CHECKING:
 
 _CALL = "tools.plot"
 _DARK, _GOOD, _FAR, _BAND = "#222222", "#0072b2", "#d55e00", "#e8e8e8"  # blue and orange: Okabe and Ito
-_LINE, _MARGIN = 0.26, 2.0  # inches per layer, and above and below all of them
-_LONGEST = 44
+_WIDTH, _LINE, _REST = 12.0, 0.26, 2.2  # inches: all, one layer, and what is above and below the layers
+_LETTERS = 145  # that fit into the width
+_LONGEST = 44  # letters of a path
+_LEGEND = "A stroke is a channel, the dot the median, the dark line the middle half of the channels. "
+_DRIFT_LEGEND = (
+    "Grey: within half a standard deviation, within a factor of two. Drift: in standard deviations of y."
+)
+_RANGE_LEGEND = "Variances of 0 are not drawn."
 
 
 class _Panel(NamedTuple):
-    """What one column of the picture shows."""
+    """What one column of the picture shows; `band` is what is still near 0, where 0 is right."""
 
     title: str
     unit: str
     values: Callable[[Channels], np.ndarray | None]
-    scale: str
+    scale: str = "linear"
     band: float = 0.0
 
 
 _DRIFT = (
     _Panel(
-        "running mean less batch mean",
+        "running mean minus batch mean",
         "standard deviations of the batch",
         lambda channels: channels.mean_drift,
         "symlog",
@@ -41,16 +47,15 @@ _DRIFT = (
     ),
     _Panel(
         "running variance over batch variance",
-        "log2: 1 is twice, -1 is half the variance of the batch",
+        "log2 of the ratio: 1 is twice, -1 is half",
         lambda channels: channels.var_drift,
-        "symlog",
-        1.0,
+        band=1.0,
     ),
 )
 _RANGES = (
     _Panel("running mean", "units of x", lambda channels: channels.mean, "symlog"),
     _Panel("running variance", "units of x, squared", lambda channels: channels.var, "log"),
-    _Panel("|scale|", "units of y", lambda channels: channels.scale, "linear"),
+    _Panel("|scale|", "units of y", lambda channels: channels.scale),
 )
 
 
@@ -67,8 +72,8 @@ def plot(
     `report`, and a layer is orange where its drift is above 0.5. Without moments there are three panels: the
     running mean, the running variance and |scale|. What is wrong stands above, as below the printed report.
 
-    The axes of drift, and that of means, are linear from -1 to 1 and logarithmic outside: one layer that is
-    far off leaves the others legible.
+    An axis of means that goes beyond 5 is linear from -1 to 1 and logarithmic outside: one layer that is far
+    off leaves the others legible.
 
     Args:
       model: a `Report`, linen variables, or an NNX module.
@@ -89,7 +94,7 @@ def plot(
       >>> batch = jbn.moments(jnp.array([[0.5, 2.0], [-1.5, 4.0]]))
       >>> figure = jbn.tools.plot(variables, {"bn": batch})
       >>> [axes.get_title() for axes in figure.axes]
-      ['running mean less batch mean', 'running variance over batch variance']
+      ['running mean minus batch mean', 'running variance over batch variance']
     """
     try:
         from matplotlib.figure import Figure
@@ -101,15 +106,18 @@ def plot(
         raise error(_CALL, "moments", "given beside a report", "None, for a report has its own", fix)
     found = model if isinstance(model, Report) else report(model, moments, epsilon=epsilon)
     known = any(row.drift is not None for row in found.rows)
-    panels = _DRIFT if known else _RANGES
-    figure = Figure(figsize=(12.0, _MARGIN + _LINE * len(found.rows)), layout="constrained")
+    shown = [panel for panel in _RANGES if any(panel.values(each) is not None for each in found.channels)]
+    panels = _DRIFT if known else shown
+    figure = Figure(figsize=(_WIDTH, _REST + _LINE * len(found.rows)), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(grid, panels, strict=True):
         _draw(axes, panel, found)
     _name_layers(grid[0], found.rows)
     _remark(grid[-1], found.rows)
-    title = "\n".join(textwrap.fill(sentence, 120) for sentence in found.notes or (_fine(found, known),))
+    title = "\n".join(textwrap.fill(note, _LETTERS) for note in found.notes or (_fine(found, known),))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_DARK)
+    legend = _LEGEND + (_DRIFT_LEGEND if known else _RANGE_LEGEND)
+    figure.supxlabel(legend, x=0.01, ha="left", fontsize=9, color=_DARK)
     if path is not None:
         figure.savefig(path, dpi=130)
     return figure
@@ -131,27 +139,50 @@ def _is_far(row: LayerReport) -> bool:
 
 
 def _draw(axes: "Axes", panel: _Panel, found: Report) -> None:
-    """One panel: strokes for channels, a bar for the middle half of them, a dot for their median."""
-    if panel.band:
-        axes.axvspan(-panel.band, panel.band, color=_BAND, zorder=0)
-        axes.axvline(0, color=_DARK, linewidth=0.8)
+    """One panel: a line of strokes for each layer."""
+    largest = panel.band * 1.5
     for place, (row, channels) in enumerate(zip(found.rows, found.channels, strict=True)):
         values = panel.values(channels)
         values = np.array([]) if values is None else values[np.isfinite(values)]
         values = values[values > 0] if panel.scale == "log" else values
         if values.size:
-            color = _FAR if _is_far(row) else _GOOD
-            low, middle, high = np.percentile(values, (25, 50, 75))
-            axes.plot(values, np.full(values.size, place), "|", color=color, alpha=0.5, rasterized=True)
-            axes.plot([low, high], [place, place], color=color, linewidth=5, alpha=0.6)
-            axes.plot(middle, place, "o", color="white", markeredgecolor=_DARK, markersize=5)
-    axes.set_xscale(panel.scale, **({"linthresh": 1.0} if panel.scale == "symlog" else {}))
+            _draw_layer(axes, place, values, _FAR if _is_far(row) else _GOOD)
+            largest = max(largest, 1.05 * float(np.abs(values).max()))
+    if panel.band:
+        axes.axvspan(-panel.band, panel.band, color=_BAND, zorder=0)
+        axes.axvline(0, color=_DARK, linewidth=0.8, zorder=1)
+        axes.set_xlim(-largest, largest)
+    _set_scale(axes, panel.scale if panel.scale == "log" or largest > 5 else "linear")
     axes.set_title(panel.title, fontsize=11, color=_DARK)
     axes.set_xlabel(panel.unit, color=_DARK)
     axes.tick_params(colors=_DARK)
+    axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", color=_BAND, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _draw_layer(axes: "Axes", place: int, values: np.ndarray, color: str) -> None:
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    axes.plot(values, np.full(values.size, place), "|", color=color, markersize=8, alpha=0.5, rasterized=True)
+    axes.plot([low, high], [place, place], color=_DARK, linewidth=2, solid_capstyle="butt")
+    axes.plot(middle, place, "o", color="white", markeredgecolor=_DARK, markersize=5)
+
+
+def _set_scale(axes: "Axes", scale: str) -> None:
+    """The scale, with ticks in plain numbers, and enough of them where they span less than two decades."""
+    from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
+
+    axes.set_xscale(scale, **({"linthresh": 1.0} if scale == "symlog" else {}))
+    low, high = axes.get_xlim()
+    locator: Locator = MaxNLocator(7)
+    if scale == "log":
+        locator = LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,))
+    elif scale == "symlog":
+        locator = SymmetricalLogLocator(linthresh=1.0, base=10.0)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _name_layers(axes: "Axes", rows: Sequence[LayerReport]) -> None:
@@ -168,10 +199,9 @@ def _remark(axes: "Axes", rows: Sequence[LayerReport]) -> None:
     """To the right of each layer: its drift, and what is wrong in it."""
     for place, row in enumerate(rows):
         parts = [f"drift {row.drift:.2f}"] if row.drift is not None else []
-        parts += [f"{row.dead} dead"] if row.dead else []
-        parts += [f"{row.nonfinite} NaN or inf"] if row.nonfinite else []
+        parts += [f"{row.dead} of {row.channels} dead"] if row.dead else []
+        parts += [f"{row.nonfinite} of {row.channels} NaN or inf"] if row.nonfinite else []
         parts += ["never updated"] if row.never_updated else []
-        color = _FAR if _is_far(row) else _DARK
         axes.annotate(
             ", ".join(parts),
             (1, place),
@@ -180,5 +210,6 @@ def _remark(axes: "Axes", rows: Sequence[LayerReport]) -> None:
             textcoords="offset points",
             va="center",
             fontsize=9,
-            color=color,
+            color=_DARK,
+            fontweight="bold" if _is_far(row) else "normal",
         )

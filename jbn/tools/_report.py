@@ -55,7 +55,7 @@ _TRAIN = (
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One batch norm. `report` says what the numbers are; ranges are over the finite channels.
+    """One batch norm. `report` says what the numbers are; ranges are over finite values.
 
     Attributes:
       path: such as `"block/bn"`; empty if the model is one batch norm.
@@ -179,12 +179,12 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
 
     because y_run - y_batch = scale * ((x - mean_batch) * (i_run - i_batch) + (mean_batch - mean_run) * i_run)
     and x - mean_batch averages to 0. A layer's drift is sqrt(sum(|scale|^2 * drift^2) / sum(|scale|^2)), with
-    scale 1 where there is none: the root mean square difference of y, in standard deviations of y in
+    scale 1 where there is none: the root mean square difference of y, in standard deviations that y has in
     training. Above 0.5 a sentence below the table warns.
 
     A channel is dead if its output does not depend on the input: |scale| * sqrt(var / (var_run + epsilon)) is
     at most 1e-6 of the layer's largest |scale|, or sqrt(var) at most 1e-6 of |mean|. Here var and mean are
-    the batch's if known, else the running ones.
+    those of the batch if known, else the running ones.
 
     - A batch of n independent rows has mean drifts of 1 / sqrt(n) by chance: merge enough of them.
     - Channels without rows (`count` 0) have no drift; NaN and inf are counted, and take no further part.
@@ -266,7 +266,7 @@ def _layer(path: str, layer: Layer, batch: Moments | None, epsilon: float) -> tu
     values = _aligned(path, host)
     with np.errstate(all="ignore"):
         channels = _channels(values, epsilon)
-    fresh = not channels.mean.any() and bool((channels.var == 1).all())
+    fresh = channels.var.size > 0 and not channels.mean.any() and bool((channels.var == 1).all())
     row = LayerReport(
         path,
         channels.var.size,
