@@ -1,8 +1,10 @@
 """One table of configurations; every property is tested on all of it."""
 
+import contextlib
 import dataclasses
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -132,6 +134,13 @@ CASES = [
 REAL = [case for case in CASES if not np.issubdtype(case.dtype, np.complexfloating)]
 
 
+@contextlib.contextmanager
+def loosely():
+    """Implicit promotion of dtypes and ranks, which other libraries need."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def by_name(cases):
     """Arguments of `pytest.mark.parametrize` for a list of cases."""
     return {"argnames": "case", "argvalues": cases, "ids": [case.name for case in cases]}
@@ -161,8 +170,6 @@ def assert_close(actual, expected, tol, where=None):
 
 def assert_trees_close(actual, expected, tol):
     """`assert_close` leaf by leaf, in trees of one structure."""
-    import jax
-
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert_close(one, other, tol)

@@ -16,6 +16,15 @@ def _eight_devices():
 
 
 @pytest.fixture
+def flax_promotion():
+    """Flax's layers need implicit promotion of dtypes and ranks."""
+    from tests.cases import loosely
+
+    with loosely():
+        yield
+
+
+@pytest.fixture
 def x64():
     """float64 for the duration of a test: the precision in which derivatives are compared."""
     with jax.enable_x64(True):

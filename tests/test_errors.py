@@ -1,24 +1,35 @@
 """Every error says which argument of which call, what came, what was expected, how to mend it."""
 
+import contextlib
 import pickle
 
 import pytest
 
 import jbn
-from tests import texts_core, texts_layers
+from tests import test_convert, test_fold, test_recalibrate, test_report, texts_core, texts_layers
+from tests.cases import loosely
 
-TEXTS = texts_core.TEXTS | texts_layers.TEXTS
+# By what they are about: the texts, and whether Flax's own layers run before the error.
+TABLES = {
+    "functions": (texts_core.TEXTS, contextlib.nullcontext),
+    "layers": (texts_layers.TEXTS, contextlib.nullcontext),
+    "convert": (test_convert.TEXTS, contextlib.nullcontext),
+    "report": (test_report.TEXTS, contextlib.nullcontext),
+    "fold": (test_fold.TEXTS, loosely),
+    "recalibrate": (test_recalibrate.TEXTS, loosely),
+}
+CASES = [
+    pytest.param(wrong, text, context, id=f"{table}: {name}")
+    for table, (texts, context) in TABLES.items()
+    for name, (wrong, text) in texts.items()
+]
 
 
-@pytest.mark.parametrize(("wrong", "text"), TEXTS.values(), ids=TEXTS)
-def test_error_text(wrong, text):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
+@pytest.mark.parametrize(("wrong", "text", "context"), CASES)
+def test_error_text(wrong, text, context):
+    with context(), pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
         wrong()
     assert str(caught.value) == text
-
-
-def test_no_text_hides_another():
-    assert len(TEXTS) == len(texts_core.TEXTS) + len(texts_layers.TEXTS)
 
 
 def test_an_unbound_axis_is_a_name_error_as_in_jax():

@@ -14,14 +14,9 @@ import jbn.linen
 import jbn.nnx
 from tests.cases import assert_close, tolerance
 
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
 X = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
-
-
-@pytest.fixture(autouse=True)
-def _flax_promotion():
-    """Flax's layers need implicit promotion of dtypes and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def train(kind, x, mask=None, variables=None, **settings):

@@ -9,7 +9,7 @@ import pytest
 import jbn
 import jbn.linen
 from tests import reference
-from tests.cases import CASES, assert_close, assert_trees_close, by_name, tolerance
+from tests.cases import CASES, assert_close, assert_trees_close, by_name, loosely, tolerance
 
 PARITY = [case for case in CASES if case.location < 10]
 
@@ -37,7 +37,7 @@ def run(kind, case, x, mask, train):
     initial = layer.init(jax.random.key(0), x)
     variables = {"params": case.make_params(), "batch_stats": case.make_batch_stats()}
     step = jax.jit(lambda v, x: layer.apply(v, x, mask=mask, mutable=["batch_stats"]))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with loosely():
         return initial, *step(variables, x)
 
 
@@ -45,7 +45,7 @@ def run(kind, case, x, mask, train):
 @pytest.mark.parametrize(**by_name([case for case in PARITY if case.mask != "weights"]))
 def test_parity_with_flax(case, train):
     x = np.where(case.weights() > 0, case.make_x(), 0).astype(case.dtype)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with loosely():
         initial, y, new = run(nn.BatchNorm, case, x, flax_mask(case), train)
     our_initial, our_y, our_new = run(jbn.linen.BatchNorm, case, x, case.make_mask(), train)
     assert our_y.dtype == y.dtype

@@ -36,13 +36,6 @@ def make(kind, case, **settings):
     return layer
 
 
-@pytest.fixture
-def flax_promotion():
-    """Flax's layers need implicit promotion of dtypes and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.mark.parametrize("train", [True, False], ids=["train", "evaluate"])
 @pytest.mark.parametrize(**by_name([case for case in ONE_AXIS if case.mask != "weights"]))
 def test_parity_with_flax(case, train, flax_promotion):

@@ -15,7 +15,7 @@ from flax import nnx
 
 import jbn.linen
 import jbn.nnx
-from tests.cases import assert_close, assert_trees_close, tolerance
+from tests.cases import assert_close, assert_trees_close, loosely, tolerance
 
 # Of few bits, for Flax's NNX layer rounds x to `dtype` before it measures it.
 X = np.random.default_rng(0).standard_normal((4, 3, 5)).astype(jnp.bfloat16).astype(np.float32) * 4
@@ -60,29 +60,19 @@ def in_nnx(kind, full, x, mask, train, axis, **settings):
     return y, {name: getattr(layer, name)[...] for name in ("mean", "var")}
 
 
-def trained(run, kind, dtypes, x, **more):
-    """y and the new statistics of a training step, for each of OPTIONS."""
+def stepped(run, kind, dtypes, x, stats=None, **more):
+    """y and the new statistics for each of OPTIONS: of training, or of evaluation by the given statistics."""
     dtype, param_dtype = dtypes
     results = []
-    for use_scale, use_bias, axis, masked in OPTIONS:
+    for index, (use_scale, use_bias, axis, masked) in enumerate(OPTIONS):
         full = variables(use_scale, use_bias, axis, param_dtype, x)
+        if stats is not None:
+            full["batch_stats"] = stats[index]
         settings = {"use_scale": use_scale, "use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype}
         mask = jnp.asarray(MASK) if masked else None
-        y, new = run(kind, full, x, mask, True, axis, **settings, **more)
-        used = jnp.asarray(MASK if masked else np.ones_like(MASK))
+        y, new = run(kind, full, x, mask, stats is None, axis, **settings, **more)
+        used = jnp.asarray(MASK if masked and stats is None else np.ones_like(MASK))
         results.append((jnp.where(used, y, jnp.zeros_like(y)), new))
-    return results
-
-
-def evaluated(run, kind, dtypes, x, stats, **more):
-    """y by the statistics of a training step, and the same statistics, for each of OPTIONS."""
-    dtype, param_dtype = dtypes
-    results = []
-    for (use_scale, use_bias, axis, masked), new in zip(OPTIONS, stats, strict=True):
-        full = variables(use_scale, use_bias, axis, param_dtype, x) | {"batch_stats": new}
-        settings = {"use_scale": use_scale, "use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype}
-        mask = jnp.asarray(MASK) if masked else None
-        results.append(run(kind, full, x, mask, False, axis, **settings, **more))
     return results
 
 
@@ -107,13 +97,13 @@ def test_parity_with_flax(layer, x_dtype, dtype, param_dtype):
 
     @jax.jit
     def everything(x):
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            their_steps = trained(run, theirs, dtypes, x, use_fast_variance=False)
-        our_steps = trained(run, ours, dtypes, x)
+        with loosely():
+            their_steps = stepped(run, theirs, dtypes, x, use_fast_variance=False)
+        our_steps = stepped(run, ours, dtypes, x)
         their_stats, our_stats = ([new for _, new in steps] for steps in (their_steps, our_steps))
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            by_theirs = evaluated(run, theirs, dtypes, x, our_stats, use_fast_variance=False)
-        return (our_steps, evaluated(run, ours, dtypes, x, their_stats)), (their_steps, by_theirs)
+        with loosely():
+            by_theirs = stepped(run, theirs, dtypes, x, our_stats, use_fast_variance=False)
+        return (our_steps, stepped(run, ours, dtypes, x, their_stats)), (their_steps, by_theirs)
 
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     our_results, their_results = everything.lower(x).compile(options)(x)

@@ -20,15 +20,10 @@ import jbn.linen
 import jbn.nnx
 from tests.cases import assert_close, assert_trees_close
 
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
 X = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
 IMAGES = np.random.default_rng(0).standard_normal((16, 32, 32, 3)).astype(np.float32)
-
-
-@pytest.fixture(autouse=True)
-def _flax_promotion():
-    """Flax's layers need implicit promotion of dtypes and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 class Subclass(nn.BatchNorm):

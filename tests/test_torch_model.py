@@ -8,7 +8,7 @@ import pytest
 
 import jbn.linen
 import jbn.tools
-from tests.cases import assert_close
+from tests.cases import assert_close, loosely
 
 X = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
 MAPPING = {
@@ -59,7 +59,7 @@ def test_a_torch_block_into_flax_and_back():
     variables = jbn.tools.from_torch_state_dict(block.state_dict(), MAPPING)
     with torch.no_grad():
         expected = block(torch.from_numpy(np.ascontiguousarray(X.transpose(0, 3, 1, 2)))).numpy()
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with loosely():
         y = BasicBlock().apply(variables, X)
     assert_close(np.asarray(y).transpose(0, 3, 1, 2), expected, 1e-5)
     back = jbn.tools.torch_state_dict(variables, MAPPING)
@@ -70,7 +70,7 @@ def test_a_torch_block_into_flax_and_back():
 
 
 def flax_arrays():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with loosely():
         variables = BasicBlock().init(jax.random.key(0), X)
     return jax.tree.map(lambda leaf: leaf + jax.random.normal(jax.random.key(1), leaf.shape), variables)
 
