@@ -59,10 +59,8 @@ def _remember(
     batch_stats: BatchStats, moments: Moments, shares: tuple[Array, Array], seen: Bool[Array, "*C"]
 ) -> BatchStats:
     def average(old: Array, batch: Array) -> Array:
-        dtype = working(old.dtype, batch.dtype)
-        keep, forget = (jnp.asarray(share, dtype) for share in shares)
-        old = old.astype(dtype)
-        return jnp.where(seen, keep * old + forget * batch.astype(dtype), old)
+        new = moving_average(old, batch, shares)
+        return jnp.where(seen, new, old.astype(new.dtype))
 
     moments, seen = jax.tree.map(lambda part: sharded_like(part, batch_stats["mean"]), (moments, seen))
     new = {name: average(batch_stats[name], getattr(moments, name)) for name in ("mean", "var")}
@@ -74,6 +72,13 @@ def _remember(
         lambda path, old: _like(old, new[path[-1].key]), batch_stats
     )
     return result
+
+
+def moving_average(old: Array, new: Array, shares: tuple[float | Array, float | Array]) -> Array:
+    """keep * old + forget * new, for these shares, in float32 or wider."""
+    dtype = working(old.dtype, new.dtype)
+    keep, forget = (jnp.asarray(share, dtype) for share in shares)
+    return keep * old.astype(dtype) + forget * new.astype(dtype)
 
 
 def _like(old: Array, new: Array) -> Array:

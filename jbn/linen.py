@@ -245,6 +245,7 @@ def replace_batch_norm(**overrides: Any) -> Iterator[None]:
       [1.]
     """
     fields = _fields(BatchNorm)
+    shared = fields & _fields(nn.BatchNorm)
     if unknown := sorted(set(overrides) - fields):
         raise error(
             "linen.replace_batch_norm",
@@ -260,7 +261,7 @@ def replace_batch_norm(**overrides: Any) -> Iterator[None]:
         flax_layer = context.module
         if type(flax_layer) is not nn.BatchNorm or context.method_name != "__call__":
             return call(*args, **kwargs)
-        settings = {name: getattr(flax_layer, name) for name in fields & _fields(nn.BatchNorm)}
+        settings = {name: getattr(flax_layer, name) for name in shared}
         scope: Any = flax_layer.scope  # ours has its variables where Flax's has them
         ours = _StandIn(**(settings | _OVERRIDES.get()), parent=scope)
 

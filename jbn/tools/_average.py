@@ -10,8 +10,9 @@ from jaxtyping import Array
 
 from jbn._checks import error
 from jbn._moments import Moments, merge
-from jbn._types import describe, working
-from jbn.tools._trees import Variables
+from jbn._running import moving_average
+from jbn._types import describe
+from jbn.tools._trees import Variables, with_statistics
 
 Model = TypeVar("Model", bound=Variables)
 
@@ -52,17 +53,19 @@ def merge_replicas(batch_stats: Any, axis: int = 0) -> Any:
             f"one number of replicas along axis {axis}, in all of them",
             "Pass batch_stats as pmap or vmap returns it, with the axis of the devices.",
         )
-    new = {}
-    for path, value in flat.items():
-        if path[-1] == "mean" and (*path[:-1], "var") in flat:
-            pairs = zip(
-                jnp.moveaxis(value, axis, 0), jnp.moveaxis(flat[*path[:-1], "var"], axis, 0), strict=True
-            )
-            moments = merge(*(Moments(jnp.ones(var.shape, var.dtype), mean, var) for mean, var in pairs))
-            new[path] = moments.mean.astype(value.dtype)
-            new[*path[:-1], "var"] = moments.var.astype(flat[*path[:-1], "var"].dtype)
-        elif path not in new and path[-1] != "var":
-            new[path] = (jnp.sum if path[-1] == "rows" else jnp.max)(value, axis)
+    layers = with_statistics(flat)
+    merged = {(*path, name) for path in layers for name in ("mean", "var")}
+    new = {
+        path: (jnp.sum if path[-1] == "rows" else jnp.max)(value, axis)
+        for path, value in flat.items()
+        if path not in merged
+    }
+    for path in layers:
+        means, variances = (flat[*path, name] for name in ("mean", "var"))
+        pairs = zip(jnp.moveaxis(means, axis, 0), jnp.moveaxis(variances, axis, 0), strict=True)
+        moments = merge(*(Moments(jnp.ones(var.shape, var.dtype), mean, var) for mean, var in pairs))
+        new[*path, "mean"] = moments.mean.astype(means.dtype)
+        new[*path, "var"] = moments.var.astype(variances.dtype)
     return unflatten_dict({path: new[path] for path in flat})
 
 
@@ -93,18 +96,14 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
     """
     if isinstance(average, nnx.Module):
         graph, old = nnx.split(average)
-        averaged: Model = nnx.merge(
-            graph, jax.tree.map(lambda a, n: _moved(a, n, decay), old, nnx.state(new))
-        )
+        averaged: Model = nnx.merge(graph, ema(old, nnx.state(new), decay))
         return averaged
     tree: Model = jax.tree.map(lambda a, n: _moved(a, n, decay), average, new)
     return tree
 
 
 def _moved(old: Array, new: Array, decay: float | Array) -> Array:
-    if not jnp.issubdtype(jnp.asarray(new).dtype, jnp.inexact):
+    average, latest = jnp.asarray(old), jnp.asarray(new)
+    if not jnp.issubdtype(latest.dtype, jnp.inexact):
         return new
-    dtype = working(jnp.asarray(old).dtype, jnp.asarray(new).dtype)
-    keep, forget = jnp.asarray(decay, dtype), jnp.asarray(1 - decay, dtype)
-    moved = keep * jnp.asarray(old, dtype) + forget * jnp.asarray(new).astype(dtype)
-    return moved.astype(jnp.asarray(old).dtype)
+    return moving_average(average, latest, (decay, 1 - decay)).astype(average.dtype)

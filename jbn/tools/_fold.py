@@ -284,7 +284,7 @@ def _absorbed(
 def _folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
     """The model with these pairs folded; values in boxes, such as `nn.Partitioned`, stay in them."""
     boxed = collections(_FOLD_VARIABLES, variables)
-    trees = {name: meta.unbox(tree) for name, tree in boxed.items()}
+    trees = meta.unbox(boxed)
     layers, norms = _parts(variables)
     for pair in pairs:
         with naming(f"jbn.{_FOLD_VARIABLES} {pair.name!r}"):
@@ -304,7 +304,7 @@ def _put(tree: Any, path: Path, values: Mapping[str, Array]) -> None:
 
 def _parts(variables: Variables) -> tuple[dict[Path, dict[str, Array]], dict[Path, Layer]]:
     """By path, the kernel and bias of everything with a kernel, and every batch norm."""
-    trees = {name: meta.unbox(tree) for name, tree in collections(_FOLD_VARIABLES, variables).items()}
+    trees = meta.unbox(collections(_FOLD_VARIABLES, variables))
     params = flatten_dict(trees.get("params", {}))
     layers = {
         path[:-1]: {

@@ -1,6 +1,5 @@
 """Statistics of a data stream, and of micro-batches: moments of many batches, pooled exactly."""
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -85,18 +84,19 @@ def recalibrate(
         else _linen_step(apply_fn, variables)
     )
     pooled: list[dict[Path, Moments]] = []
-    means: list[dict[Path, Moments]] = []
+    means: list[dict[Path, Moments]] = []  # of each batch, for the tolerance alone
     console = Console(stderr=True)
     shown = progress and console.is_terminal
     bar = track(batches, "Recalibrating", console=console, disable=not shown, transient=True)
     for number, batch in enumerate(bar, 1):
-        found = measure(batch)
+        found = batch_moments(call, {"batch_moments": measure(batch)})
         pooled = _grouped([*pooled, found])
-        means = _grouped([*means, {path: _as_one_row(m) for path, m in found.items()}])
-        if number == max_batches or (
-            tolerance is not None and number >= 8 and _largest_error(means, pooled, number) <= tolerance
-        ):
+        if number == max_batches:
             break
+        if tolerance is not None:
+            means = _grouped([*means, {path: _as_one_row(m) for path, m in found.items()}])
+            if number >= 8 and _largest_error(means, pooled, number) <= tolerance:
+                break
     if not pooled:
         raise error(call, "batches", "empty", "one batch or more", "A generator gives its batches only once.")
     moments = _merged(pooled)
@@ -146,9 +146,8 @@ def apply_moments(variables: Model, moments: Any = None, *, momentum: float | ja
     """
     call = "tools.apply_moments"
     layers = batch_norms(call, variables)
-    by_path = (
-        moments if _is_by_path(moments) else batch_moments(call, variables if moments is None else moments)
-    )
+    source: Any = variables if moments is None else moments
+    by_path = source if _is_by_path(source) else batch_moments(call, source)
     if not by_path:
         raise error(
             call,
@@ -168,16 +167,19 @@ def apply_moments(variables: Model, moments: Any = None, *, momentum: float | ja
         )
     stats = flatten_dict(collections(call, variables)["batch_stats"])
     for path, batch in by_path.items():
-        old = {name: stats[*path, name] for name in layers[path].batch_stats}
-        stats |= {(*path, name): value for name, value in update(old, batch, momentum=momentum).items()}
-    return rebuilt(variables, batch_stats=unflatten_dict(stats))  # type: ignore[no-any-return]
+        new_stats = update(layers[path].batch_stats, batch, momentum=momentum)
+        stats |= {(*path, name): value for name, value in new_stats.items()}
+    new: Model = rebuilt(variables, batch_stats=unflatten_dict(stats))
+    return new
 
 
 def _is_by_path(moments: Any) -> bool:
     return isinstance(moments, dict) and all(isinstance(value, Moments) for value in moments.values())
 
 
-def _linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], dict[Path, Moments]]:
+def _linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], Any]:
+    """A function from a batch to the tree of its moments."""
+
     @jax.jit
     def step(variables: Any, batch: Any) -> Any:
         _, new = apply_fn(variables, batch, mutable=["batch_stats", "batch_moments"])
@@ -185,14 +187,15 @@ def _linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any],
 
     start = {name: tree for name, tree in variables.items() if name != "batch_moments"}
 
-    def measure(batch: Any) -> dict[Path, Moments]:
+    def measure(batch: Any) -> Any:
         with replace_batch_norm():
-            return batch_moments("tools.recalibrate", {"batch_moments": step(start, batch)})
+            return step(start, batch)
 
     return measure
 
 
-def _nnx_step(apply_fn: Callable[..., Any], model: nnx.Module) -> Callable[[Any], dict[Path, Moments]]:
+def _nnx_step(apply_fn: Callable[..., Any], model: nnx.Module) -> Callable[[Any], Any]:
+    """The same for an NNX module."""
     copy = replace_nnx(nnx.clone(model))
     copy.train()
     keep_batch_moments(copy)
@@ -204,11 +207,7 @@ def _nnx_step(apply_fn: Callable[..., Any], model: nnx.Module) -> Callable[[Any]
         apply_fn(model, batch)
         return nnx.state(model, BatchMoments)
 
-    def measure(batch: Any) -> dict[Path, Moments]:
-        tree = {"batch_moments": nnx.to_pure_dict(step(state, batch))}
-        return batch_moments("tools.recalibrate", tree)
-
-    return measure
+    return lambda batch: nnx.to_pure_dict(step(state, batch))
 
 
 def _merged(parts: list[dict[Path, Moments]]) -> dict[Path, Moments]:
@@ -237,4 +236,4 @@ def _largest_error(means: list[dict[Path, Moments]], pooled: list[dict[Path, Mom
         errors.append(
             np.sqrt(np.divide(squares, var, out=np.zeros_like(var), where=var > 0)).max(initial=0.0)
         )
-    return float(functools.reduce(max, errors, 0.0))
+    return float(max(errors, default=0.0))

@@ -171,15 +171,12 @@ def _check_kernel(call: str, argument: str, name: str, arrays: Mapping[str, np.n
 def _paths(call: str, mapping: Any) -> dict[str, Path]:
     """The mapping with paths as tuples, no two of them the same."""
     if not isinstance(mapping, Mapping):
-        expected, fix = (
-            "a mapping of PyTorch modules to Flax modules",
-            "{'conv': 'Conv_0', 'bn': 'BatchNorm_0'}.",
-        )
-        raise error(call, "mapping", describe(mapping), expected, f"For example {fix}")
+        expected = "a mapping of PyTorch modules to Flax modules"
+        fix = "For example {'conv': 'Conv_0', 'bn': 'BatchNorm_0'}."
+        raise error(call, "mapping", describe(mapping), expected, fix)
     paths: dict[str, Path] = {}
     for prefix, path in mapping.items():
-        named = filter(None, path.split("/")) if isinstance(path, str) else map(str, path)
-        parts: Path = tuple(named)
+        parts: Path = tuple(filter(None, path.split("/")) if isinstance(path, str) else map(str, path))
         if parts in paths.values():
             fix = "A module that is shared, and listed twice by PyTorch, is one in Flax: take out the second."
             raise error(call, "mapping", f"one with {dotted(parts)} twice", "each Flax module once", fix)

@@ -64,7 +64,7 @@ def batch_norms(call: str, variables: Variables) -> dict[Path, Layer]:
     """Every batch norm of a model by its path, in the order of the tree."""
     trees = collections(call, variables)
     stats, params = (flatten_dict(trees.get(name, {})) for name in ("batch_stats", "params"))
-    paths = [path[:-1] for path in stats if path[-1] == "mean" and (*path[:-1], "var") in stats]
+    paths = with_statistics(stats)
     if not paths:
         raise error(
             call,
@@ -80,6 +80,11 @@ def batch_norms(call: str, variables: Variables) -> dict[Path, Layer]:
         )
         for path in paths
     }
+
+
+def with_statistics(stats: Mapping[Path, Any]) -> list[Path]:
+    """The paths of batch norms in a flat `batch_stats`: every place with a mean and a var."""
+    return [path[:-1] for path in stats if path[-1] == "mean" and (*path[:-1], "var") in stats]
 
 
 def batch_moments(call: str, variables: Variables) -> dict[Path, Moments]:
