@@ -1,6 +1,6 @@
 """A whole model's arrays, between PyTorch and Flax.
 
-A mapping names the modules; what kind a module is shows in its arrays: batch norm by `_convert`, Conv and
+A mapping names the modules; what kind a module is shows in its arrays: batch norm by `_torch`, Conv and
 Dense by the order of the axes of their kernels.
 """
 
@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jbn._checks import error, naming
 from jbn._types import describe
-from jbn.tools._convert import _as_jax, _host, from_torch, to_torch
+from jbn.tools._arrays import to_jax, to_numpy
+from jbn.tools._torch import from_torch, to_torch
 from jbn.tools._trees import Path, Variables, collections, dotted
 
 ModuleMapping: TypeAlias = Mapping[str, str | Path]
@@ -142,18 +143,18 @@ def _from_module(call: str, arrays: Mapping[str, Any]) -> dict[str, Mapping[str,
     if "running_mean" in arrays or "running_var" in arrays:
         params, batch_stats = from_torch(arrays)
         return {"params": params, "batch_stats": batch_stats}
-    host = {name: _host(array) for name, array in arrays.items()}
+    host = {name: to_numpy(array) for name, array in arrays.items()}
     _check_kernel(call, "state_dict", "weight", host)
     kernel = host.pop("weight")
     host["kernel"] = kernel.transpose(*range(2, kernel.ndim), 1, 0)
-    return {"params": {name: _as_jax(call, name, np.array(host[name], order="C")) for name in sorted(host)}}
+    return {"params": {name: to_jax(call, name, np.array(host[name], order="C")) for name in sorted(host)}}
 
 
 def _to_module(call: str, params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """One module's state_dict."""
     if batch_stats:
         return to_torch(params, batch_stats)
-    host = {name: _host(array) for name, array in params.items()}
+    host = {name: to_numpy(array) for name, array in params.items()}
     _check_kernel(call, "params", "kernel", host)
     kernel = host.pop("kernel")
     back = kernel.transpose(kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2))

@@ -1,0 +1,99 @@
+"""One layer's arrays, from and to another library's: read, written and checked here for all of them.
+
+No other library is imported: tensors are read through NumPy. Nothing is dropped or made up in silence: what
+is missing, or has no counterpart, is an error that names it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from jbn._checks import error
+from jbn._types import BatchStats, Params, describe, wide
+from jbn.tools._libraries import Library, check_names, check_together
+
+
+def read(call: str, library: Library, given: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Ours from theirs."""
+    names = library.names
+    required = [names[name] for name in ("mean", "var")]
+    check_names(call, "state", given, required, names.values(), library.reading)
+    arrays = {name: to_numpy(given[theirs]) for name, theirs in names.items() if theirs in given}
+    labels = {name: label_of(names[name]) for name in arrays}
+    _check_arrays(call, labels, arrays, library.reading)
+    if "count" in arrays:
+        arrays["count"] = arrays["count"].astype(np.int32)
+    new = {name: to_jax(call, labels[name], array) for name, array in arrays.items()}
+    params = {name: new.pop(name) for name in ["scale", "bias"] if name in new}
+    return params, new
+
+
+def write(
+    call: str, library: Library, params: Params | None, batch_stats: BatchStats
+) -> dict[str, np.ndarray]:
+    """Theirs from ours."""
+    params, names = {} if params is None else params, library.names
+    statistics = [name for name in ("mean", "var", "count") if name in names]
+    required = statistics if library.counted else ["mean", "var"]
+    check_names(call, "params", params, (), ("scale", "bias"), library.writing)
+    check_names(call, "batch_stats", batch_stats, required, statistics, library.writing)
+    check_together(call, "params", params, library.together)
+    given = {**params, **batch_stats}
+    arrays = {name: to_numpy(given[name]) for name in names if name in given}
+    labels = {n: f"{'params' if n in params else 'batch_stats'}[{n!r}]" for n in arrays}
+    _check_arrays(call, labels, arrays, library.writing)
+    return {names[name]: array for name, array in arrays.items()}
+
+
+def _check_arrays(call: str, labels: Mapping[str, str], arrays: Mapping[str, np.ndarray], fix: str) -> None:
+    """One float per channel in each, as many as in mean; a count is one integer that int32 can hold."""
+    shape = (arrays["mean"].size,)
+    for name, array in arrays.items():
+        if name == "count":
+            good = array.shape == () and jnp.issubdtype(array.dtype, jnp.integer)
+            good = good and 0 <= int(array) < 2**31
+            expected = "one integer from 0 to 2147483647"
+        else:
+            good = array.shape == shape and jnp.issubdtype(array.dtype, jnp.inexact)
+            expected = f"floats of shape {shape}, one per channel"
+        if not good:
+            got = describe(array) if array.ndim else f"{describe(array)} of value {array}"
+            raise error(call, labels[name], got, expected, fix)
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A copy as a NumPy array: whoever trains a tensor in place does not change it."""
+    if callable(getattr(value, "detach", None)):  # a PyTorch tensor
+        value = value.detach().cpu()
+    try:
+        return np.asarray(value).copy()
+    except TypeError:  # a dtype that NumPy lacks: bfloat16
+        return np.asarray(jax.dlpack.from_dlpack(value.contiguous())).copy()
+
+
+def to_jax(call: str, label: str, array: np.ndarray) -> Array:
+    """The array as a JAX array, unless JAX would round it."""
+    new = jnp.asarray(array)
+    if new.dtype != array.dtype:
+        fix = "Cast it to float32, or enable jax_enable_x64."
+        raise error(call, label, describe(array), "a dtype that JAX keeps", fix)
+    return new
+
+
+def label_of(theirs: str) -> str:
+    """How errors show an entry of a table."""
+    part, _, name = theirs.rpartition("/")
+    return f"{part or 'state'}[{name!r}]"
+
+
+def weight_of_updates(call: str, argument: str, momentum: Any, count: Array, value: Array) -> Array:
+    """1 - momentum**count, of the dtype in which the value is scaled: what an average from 0 adds up to."""
+    if not isinstance(momentum, (int, float, np.number)) or not 0 <= momentum < 1:
+        fix = "Pass that of the layer."
+        raise error(call, argument, describe(momentum), "a number from 0 up and below 1", fix)
+    return 1 - lax.pow(jnp.asarray(momentum, wide(value.dtype)), count)

@@ -1,0 +1,123 @@
+"""One layer's settings, from and to those of other libraries, as keyword arguments."""
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from jbn._checks import error
+from jbn._types import describe
+from jbn.tools._libraries import LIBRARIES, Library, check_names, check_together
+
+_OUR_SETTINGS = {"axis": -1, "momentum": 0.99, "epsilon": 1e-5, "use_scale": True, "use_bias": True}
+_NO_COUNTERPART = "Leave out what has no counterpart, once you know that nothing is lost with it."
+_AXES = {"channels_last": -1, "channels_first": 1}
+
+
+def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
+    """The settings of another library's layer, as keyword arguments of `jbn.linen` and `jbn.nnx.BatchNorm`.
+
+    - "torch": momentum=0.1, eps=1e-5, affine=True, bias=True. momentum weighs the NEW batch: 0.1 is 0.9 here;
+      None, the cumulative average, stays None (it is not 0).
+    - "keras": axis=-1, momentum=0.99, epsilon=1e-3, scale=True, center=True.
+    - "haiku": decay_rate, create_scale, create_offset, eps=1e-5, cross_replica_axis=None,
+      cross_replica_axis_index_groups=None, data_format="channels_last". decay_rate is momentum here.
+    - "equinox": axis_name, mode, momentum=0.99, eps=1e-5, channelwise_affine=True. Only mode="batch" has a
+      counterpart: "ema" normalizes by the running statistics in training too.
+
+    What is not given has the library's default, as above. PyTorch and Equinox have no setting for the feature
+    axis, so the result has no `axis`: add that of your x.
+
+    Args:
+      library: "torch", "keras", "haiku" or "equinox".
+      **theirs: settings of the layer.
+
+    Returns:
+      `momentum`, `epsilon`, `use_scale`, `use_bias`, and `axis`, `axis_name`, `axis_index_groups` where the
+      library has such settings.
+
+    Raises:
+      ValueError: settings that are missing or have no counterpart, all by name, and values that have none.
+
+    Example:
+      >>> import jbn.tools
+      >>> print(jbn.tools.settings_from("torch", momentum=0.1, affine=False))
+      {'momentum': 0.9, 'epsilon': 1e-05, 'use_scale': False, 'use_bias': False}
+    """
+    call = "tools.settings_from"
+    table = _described(call, library).settings
+    required = [name for name, (_, default) in table.items() if default is ...]
+    check_names(call, "theirs", theirs, required, table, _NO_COUNTERPART)
+    ours = {key: theirs.get(name, default) for name, (key, default) in table.items()}
+    if library == "torch":
+        ours["use_bias"] = ours["use_scale"] and ours["use_bias"]
+    if library == "haiku":
+        ours["axis"] = _one_of(call, "data_format", ours["axis"], _AXES)
+    if library == "equinox":
+        _one_of(call, "mode", ours.pop("mode"), {"batch": None})
+        ours["use_bias"] = ours["use_scale"]
+    return ours | {"momentum": _momentum(call, library, ours["momentum"])}
+
+
+def settings_to(library: str, /, **ours: Any) -> dict[str, Any]:
+    """The inverse of `settings_from`: keyword arguments for another library's layer.
+
+    Args:
+      library: "torch", "keras", "haiku" or "equinox".
+      **ours: what `settings_from` returns for that library. What is not given has the default of
+        `jbn.linen.BatchNorm`; Equinox needs an axis_name.
+
+    Returns:
+      All the settings that `settings_from` lists; PyTorch's bias, which older versions do not know, only
+      where it differs from affine.
+
+    Raises:
+      ValueError: settings that are missing or have no counterpart, all by name, and values that have none,
+        such as momentum=None, the cumulative average, outside PyTorch.
+
+    Example:
+      >>> import jbn.tools
+      >>> print(jbn.tools.settings_to("torch", momentum=0.9))
+      {'momentum': 0.1, 'eps': 1e-05, 'affine': True}
+    """
+    call = "tools.settings_to"
+    described = _described(call, library)
+    table = described.settings
+    keys = {key for key, _ in table.values()} - {"mode"} | {"use_bias"}
+    required = ["axis_name"] if library == "equinox" else []
+    check_names(call, "ours", ours, required, sorted(keys), _NO_COUNTERPART)
+    full = {key: ours.get(key, _OUR_SETTINGS.get(key)) for key in keys}
+    affine = [name for name in ("scale", "bias") if full[f"use_{name}"]]
+    check_together(call, "ours", affine, described.together)
+    if library == "haiku":
+        full["axis"] = _one_of(call, "axis", full["axis"], {axis: name for name, axis in _AXES.items()})
+    full |= {"momentum": _momentum(call, library, full["momentum"]), "mode": "batch"}
+    theirs = {name: full[key] for name, (key, _) in table.items()}
+    if library == "torch" and theirs["bias"] == theirs["affine"]:
+        del theirs["bias"]
+    return theirs
+
+
+def _described(call: str, library: str) -> Library:
+    if library not in LIBRARIES:
+        raise error(call, "library", repr(library), ", ".join(LIBRARIES), "Name one of these.")
+    return LIBRARIES[library]
+
+
+def _momentum(call: str, library: str, value: Any) -> float | None:
+    """Theirs from ours or ours from theirs: the same but for PyTorch, whose weighs the new batch."""
+    if library == "torch" and value is None:
+        return None
+    if not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
+        fix = "Schedules have no counterpart, and None, the cumulative average, is for torch only."
+        raise error(call, "momentum", describe(value), "a number from 0 to 1", fix)
+    # As decimals: binary floats would make 0.09999999999999998 of 0.9.
+    return float(1 - Decimal(str(value)) if library == "torch" else value)
+
+
+def _one_of(call: str, argument: str, value: Any, known: Mapping[Any, Any]) -> Any:
+    if value not in known:
+        fix = "Anything else has no counterpart."
+        raise error(call, argument, repr(value), " or ".join(map(repr, known)), fix)
+    return known[value]
