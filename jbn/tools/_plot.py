@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jbn._checks import error
-from jbn.tools._report import FAR, Channels, LayerReport, MomentsOf, Report, report
+from jbn.tools._drift import Channels, LayerReport
+from jbn.tools._report import MomentsOf, report
+from jbn.tools._table import FAR, Report
 from jbn.tools._trees import Variables
 
 if TYPE_CHECKING:
