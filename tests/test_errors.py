@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 import jbn
-from tests import test_fold, test_recalibrate, texts_convert, texts_core, texts_layers, texts_report
+from tests import test_recalibrate, texts_convert, texts_core, texts_fold, texts_layers, texts_report
 from tests.cases import loosely
 
 # By what they are about: the texts, and whether Flax's own layers run before the error.
@@ -15,7 +15,7 @@ TABLES = {
     "layers": (texts_layers.TEXTS, contextlib.nullcontext),
     "convert": (texts_convert.TEXTS, contextlib.nullcontext),
     "report": (texts_report.TEXTS, contextlib.nullcontext),
-    "fold": (test_fold.TEXTS, loosely),
+    "fold": (texts_fold.TEXTS, loosely),
     "recalibrate": (test_recalibrate.TEXTS, loosely),
 }
 CASES = [

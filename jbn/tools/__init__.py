@@ -5,7 +5,7 @@ from jbn.tools._average import merge_replicas as merge_replicas
 from jbn.tools._equinox import from_equinox as from_equinox
 from jbn.tools._equinox import to_equinox as to_equinox
 from jbn.tools._fold import fold as fold
-from jbn.tools._fold import fold_variables as fold_variables
+from jbn.tools._fold_variables import fold_variables as fold_variables
 from jbn.tools._haiku import from_haiku as from_haiku
 from jbn.tools._haiku import to_haiku as to_haiku
 from jbn.tools._keras import from_keras as from_keras

@@ -1,4 +1,4 @@
-"""What a call of a model shows: which layer feeds which batch norm, and whether outputs move.
+"""What a call of a model shows: which layer feeds which batch norm.
 
 Names say nothing: `BatchNorm_0` of one model follows `Conv_3`, and in another it stands before it. So the
 model is traced once, and a batch norm belongs to the layer whose output, the very same object, is its input.
@@ -12,16 +12,12 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Array
 
 import jbn.linen
 import jbn.nnx
 from jbn._checks import error
-from jbn._types import Dtype
 from jbn.tools._trees import Layer, Path, Variables, dotted
 
 _LAYERS: tuple[Any, ...] = (
@@ -223,57 +219,3 @@ def _known(name: str, given: Any, paths: Iterable[Path], kind: str) -> Path:
             "Paths are those of the variables; a shared NNX module has the first of its paths.",
         )
     return known[written]
-
-
-def outputs_of(call: Callable[[Any, Any], Any], x: Any) -> Callable[[Any], list[Array]]:
-    """A function of a model: the floating outputs of `call` on random input like x, in evaluation."""
-    x = random_like(x)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(graph: Any, state: Any, x: Any) -> Any:
-        return call(state if graph is None else nnx.merge(graph, state), x)
-
-    def outputs(model: Any) -> list[Array]:
-        graph = None
-        if isinstance(model, nnx.Module):
-            graph, model = nnx.split(evaluating(model))
-        with jax.default_matmul_precision("highest"):  # TF32 and bfloat16 passes would move them by more
-            leaves = jax.tree.leaves(run(graph, model, x))
-        return [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-
-    return outputs
-
-
-def random_like(x: Any) -> Any:
-    """The tree x with standard normal values, the same each time, in its floating and complex leaves."""
-    rng = np.random.default_rng(0)
-
-    def fill(leaf: Any) -> Any:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return leaf
-        values = rng.standard_normal(leaf.shape)
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            values = values + 1j * rng.standard_normal(leaf.shape)
-        return values.astype(leaf.dtype)
-
-    return jax.tree.map(fill, x)
-
-
-def allowed_move(dtypes: set[Dtype]) -> float:
-    """1e-5, or 4 epsilons of the coarsest dtype.
-
-    A new kernel is rounded once, and its layer computes in its dtype: half an epsilon each. The errors of
-    layers add up like a random walk, so that 4 epsilons leave room for some ten layers.
-    """
-    return max(
-        1e-5, *(4 * float(jnp.finfo(dtype).eps) for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact))
-    )
-
-
-def largest_move(before: Sequence[Array], after: Sequence[Array]) -> float:
-    """The largest change of an output, relative to the largest value of that output. NaN where one is NaN."""
-    changes = [np.nan] if not before else []
-    for pair in zip(before, after, strict=True):
-        old, new = (np.asarray(value).astype(np.complex128) for value in pair)
-        changes.append(np.abs(new - old).max(initial=0.0) / (np.abs(old).max(initial=0.0) or 1.0))
-    return float(np.max(changes))

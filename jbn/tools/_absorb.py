@@ -1,0 +1,104 @@
+"""Pairs of a layer and the batch norm behind it, in a model: the layer takes the batch norm in."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array
+
+from jbn._checks import naming
+from jbn._normalize import inverse_deviation
+from jbn._types import Axes, wide
+from jbn.tools._fold import check_fold, folded, stored, times
+from jbn.tools._trees import Layer, Path, Variables, batch_norms, collections, dotted, rebuilt
+
+Model = TypeVar("Model", bound=Variables)
+
+FOLD_VARIABLES = "tools.fold_variables"
+"""The call that errors name."""
+
+
+class Pair(NamedTuple):
+    """A layer and the batch norm that is folded into it."""
+
+    layer: Path
+    norm: Path
+    epsilon: float
+    axis: Axes
+
+    @property
+    def name(self) -> str:
+        """The pair for people."""
+        return f"{dotted(self.layer)} -> {dotted(self.norm)}"
+
+
+def folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
+    """The model with these pairs folded; values in boxes, such as `nn.Partitioned`, stay in them."""
+    boxed = collections(FOLD_VARIABLES, variables)
+    trees = meta.unbox(boxed)
+    layers, norms = layers_and_norms(variables)
+    for pair in pairs:
+        with naming(f"jbn.{FOLD_VARIABLES} {pair.name!r}"):
+            layer, norm = _absorbed(layers[pair.layer], norms[pair.norm], pair.epsilon, pair.axis)
+        _put(trees["params"], pair.layer, layer)
+        _put(trees["params"], pair.norm, norm.params)
+        _put(trees["batch_stats"], pair.norm, norm.batch_stats)
+    names = ("params", "batch_stats")
+    new: Model = rebuilt(variables, **{name: meta.replace_boxed(boxed[name], trees[name]) for name in names})
+    return new
+
+
+def layers_and_norms(variables: Variables) -> tuple[dict[Path, dict[str, Array]], dict[Path, Layer]]:
+    """By path, the kernel and bias of everything with a kernel, and every batch norm."""
+    trees = meta.unbox(collections(FOLD_VARIABLES, variables))
+    params = flatten_dict(trees.get("params", {}))
+    layers = {
+        path[:-1]: {
+            name: params[*path[:-1], name] for name in ("kernel", "bias") if (*path[:-1], name) in params
+        }
+        for path in params
+        if path[-1] == "kernel"
+    }
+    return layers, batch_norms(FOLD_VARIABLES, trees)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _absorbed(
+    layer: Mapping[str, Array], norm: Layer, epsilon: float, axis: Axes
+) -> tuple[dict[str, Array], Layer]:
+    """The layer with the batch norm in it, and the batch norm as the identity, which keeps what cannot go.
+
+    What the batch norm still multiplies by, step, is 1 but for rounding if there is a scale; it is taken out
+    of the layer, so that a bfloat16 scale, which cannot hold sqrt(1 + epsilon), does no harm.
+    """
+    bias = layer.get("bias")
+    kernel, axes = check_fold(layer["kernel"], bias, norm.params, norm.batch_stats, epsilon, axis)
+    params, var = dict(norm.params), jnp.ones_like(norm.batch_stats["var"])
+    step = inverse_deviation(var.astype(wide(var.dtype, kernel.dtype)), epsilon)
+    if "scale" in params:
+        params["scale"] = jnp.full_like(params["scale"], math.sqrt(1 + epsilon))
+        step = times(step, params["scale"])
+    scale = norm.params.get("scale", jnp.ones_like(step))
+    inner = {"scale": times(scale, 1 / step)}
+    if "bias" in params:
+        inner["bias"] = times(params["bias"], 1 / step)
+    kernel, offset = folded(kernel, bias, inner, norm.batch_stats, epsilon, axes)
+    new = {"kernel": stored(kernel, layer["kernel"].dtype)}
+    if bias is not None:
+        new["bias"] = stored(offset, bias.dtype)
+        offset = jnp.zeros_like(offset)
+    if "bias" in params:
+        params["bias"] = stored(times(offset, step), params["bias"].dtype)
+        offset = jnp.zeros_like(offset)
+    mean = stored(jnp.zeros_like(offset) - offset, norm.batch_stats["mean"].dtype)
+    return new, Layer(params, {**norm.batch_stats, "mean": mean, "var": var})
+
+
+def _put(tree: Any, path: Path, values: Mapping[str, Array]) -> None:
+    for name, value in values.items():
+        functools.reduce(lambda node, key: node[key], path, tree)[name] = value

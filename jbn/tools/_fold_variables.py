@@ -1,0 +1,94 @@
+"""Folding in a model: pairs are found or named, every batch norm goes into its layer, and that is proved."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import nnx
+
+from jbn._types import Axes
+from jbn.tools._absorb import FOLD_VARIABLES, Model, Pair, folded_model, layers_and_norms
+from jbn.tools._find import calls_of, found_pairs, kernel_axes, named_pairs
+from jbn.tools._prove import outputs_of, outputs_of_pairs, prove
+
+
+def fold_variables(
+    variables: Model,
+    pairs: Sequence[tuple[Any, Any]] | None = None,
+    *,
+    call: Callable[[Any, Any], Any] | None = None,
+    x: Any = None,
+    epsilon: float = 1e-5,
+    axis: Axes = -1,
+) -> Model:
+    """Folds batch norms of a model into the layers before them, and proves that the outputs stay.
+
+    The layers get the kernels of `fold`, and each folded batch norm becomes the identity: mean 0, var 1,
+    scale 1, bias 0. So the model keeps its structure and its code. Exactly:
+
+    - The batch norm still divides by sqrt(1 + epsilon). Its scale becomes that, and without a scale the
+      kernel and bias of the layer are multiplied by it. The variance is 1.
+    - A layer without bias, such as `Conv(use_bias=False)`, cannot take the offset. It stays in the batch
+      norm: in its bias, or without one in its mean.
+
+    With pairs=None they are found: `call(variables, x)` is traced, nothing is computed, and a batch norm
+    belongs to the layer whose output is its input, with nothing between. Each pair found is printed, and
+    each batch norm without one. Found are Dense, DenseGeneral, Conv and ConvTranspose of linen, Linear,
+    LinearGeneral, Conv and ConvTranspose of NNX, and the batch norms of Flax and jbn. Left out are layers
+    and batch norms that run more than once or share weights, or that `nn.scan` or `nn.vmap` stacks, layers
+    whose output a second of them takes, batch norms over other axes, and pairs that `jit` parts.
+
+    The proof: `call` is evaluated on random normal input like x before and after, at full matrix precision.
+    No output may move by more than 1e-5 of the largest one, or 4 epsilons of the coarsest dtype that the
+    layers store or compute in. Without `call` each pair is proved by itself: the kernel is contracted with
+    random patches, and batch norm follows. That cannot show that a layer's output is used elsewhere too, or
+    that epsilon is another.
+
+    Args:
+      variables: linen variables, `{"params": ..., "batch_stats": ...}`, or an NNX module. Never written. The
+        proof needs values: not inside of `jit`.
+      pairs: of the paths of a layer and of its batch norm, each like "block/Conv_0" or ("block", "Conv_0").
+      call: the model in evaluation, such as `lambda variables, x: model.apply(variables, x, train=False)`.
+        An NNX module is put into evaluation mode before, and if there is an x, is itself the default.
+      x: an example input of `call`, an array or a tree of them; what floating leaves hold does not matter.
+      epsilon: that of the batch norms which `call` did not run; the others know theirs.
+      axis: as in `fold`, for layers which `call` did not run.
+
+    Returns:
+      variables of the same structure, or a new NNX module.
+
+    Raises:
+      ValueError: pairs that the model does not have, that do not fit, or whose folding changes the outputs.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.tools
+      >>> model, x = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=True)]), jnp.ones((1, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> folded = jbn.tools.fold_variables(variables, call=model.apply, x=x)
+      layers_0 -> layers_1
+      >>> print(jnp.allclose(model.apply(folded, x), model.apply(variables, x)))
+      True
+
+    Reference: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
+    """
+    if call is None and x is not None and isinstance(variables, nnx.Module):
+        call = _itself
+    calls = [] if call is None else calls_of(FOLD_VARIABLES, call, variables, x)
+    layers, norms = layers_and_norms(variables)
+    if pairs is None:
+        paths = found_pairs(FOLD_VARIABLES, calls, layers, norms)
+    else:
+        paths = named_pairs(FOLD_VARIABLES, pairs, layers, norms)
+    static = tuple(axis) if isinstance(axis, Sequence) else axis
+    epsilons = {seen.path: float(seen.module.epsilon) for seen in calls if seen.is_norm}
+    axes = {seen.path: kernel_axes(seen.module) for seen in calls if not seen.is_norm}
+    chosen = [Pair(a, b, epsilons.get(b, epsilon), axes.get(a, static)) for a, b in paths]
+    new = folded_model(variables, chosen)
+    if chosen:
+        outputs = functools.partial(outputs_of_pairs, chosen) if call is None else outputs_of(call, x)
+        prove(chosen, variables, new, outputs, {seen.y.dtype for seen in calls})
+    return new
+
+
+def _itself(model: Any, x: Any) -> Any:
+    return model(x)
