@@ -17,6 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn
+import jbn.linen
+import jbn.tools
 
 
 def start(devices, coordinator=None, processes=1, index=0):
@@ -76,6 +78,18 @@ def steps(mesh):
     }
 
 
+def recalibrated(x, mask):
+    """Population statistics of two batches, each of which all processes have a part of."""
+    layer, (params, batch_stats) = jbn.linen.BatchNorm(use_running_average=False), jbn.init(x.shape[-1])
+
+    def apply_fn(variables, batch, **options):
+        return layer.apply(variables, batch[0], mask=batch[1], **options)
+
+    variables = {"params": params, "batch_stats": batch_stats}
+    batches = [(x, mask), (2 * x, mask)]
+    return jbn.tools.recalibrate(apply_fn, variables, batches, tolerance=0.0)["batch_stats"]
+
+
 def main(inputs, outputs, devices, coordinator=None, processes=1, index=0, last=-1):
     start(int(devices), coordinator, int(processes), int(index))
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
@@ -98,6 +112,8 @@ def main(inputs, outputs, devices, coordinator=None, processes=1, index=0, last=
             for shard in value.addressable_shards:
                 at = shard.index[0].start or 0 if SPLIT[name] else 0
                 found[f"{way} {name} {at} {shard.device.id}"] = np.asarray(shard.data)
+    for name, value in recalibrated(*split[::2]).items():
+        found[f"recalibrated {name} {index}"] = np.asarray(value)
     np.savez(outputs, **found)
 
 

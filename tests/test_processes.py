@@ -88,6 +88,10 @@ def assert_as_on_one_device(folder, devices, processes=1):
     params = {name: data[name] for name in ("scale", "bias")}
     expected = jax.jit(process_worker.step)(params, *(data[name] for name in ("x", "cotangent", "mask")))
     rows = ROWS // (devices * processes)
+    rows_used = np.concatenate([data["x"][data["mask"]] * factor for factor in (1, 2)])
+    for name, wanted in (("mean", rows_used.mean(0)), ("var", rows_used.var(0))):
+        for index in range(processes):
+            assert_close(found.pop(f"recalibrated {name} {index}"), wanted, tolerance(np.float32))
     values = {key: value for key, value in found.items() if not key.endswith("all-reduces")}
     assert len(values) == 3 * len(expected) * devices * processes
     for key, value in values.items():

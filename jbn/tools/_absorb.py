@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array
 
@@ -38,9 +37,8 @@ class Pair(NamedTuple):
 
 
 def folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
-    """The model with these pairs folded; values in boxes, such as `nn.Partitioned`, stay in them."""
-    boxed = collections(FOLD_VARIABLES, variables)
-    trees = meta.unbox(boxed)
+    """The model with these pairs folded."""
+    trees = collections(FOLD_VARIABLES, variables)
     layers, norms = layers_and_norms(variables)
     for pair in pairs:
         with naming(f"jbn.{FOLD_VARIABLES} {pair.name!r}"):
@@ -48,14 +46,13 @@ def folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
         _put(trees["params"], pair.layer, layer)
         _put(trees["params"], pair.norm, norm.params)
         _put(trees["batch_stats"], pair.norm, norm.batch_stats)
-    names = ("params", "batch_stats")
-    new: Model = rebuilt(variables, **{name: meta.replace_boxed(boxed[name], trees[name]) for name in names})
+    new: Model = rebuilt(variables, params=trees["params"], batch_stats=trees["batch_stats"])
     return new
 
 
 def layers_and_norms(variables: Variables) -> tuple[dict[Path, dict[str, Array]], dict[Path, Layer]]:
     """By path, the kernel and bias of everything with a kernel, and every batch norm."""
-    trees = meta.unbox(collections(FOLD_VARIABLES, variables))
+    trees = collections(FOLD_VARIABLES, variables)
     params = flatten_dict(trees.get("params", {}))
     layers = {
         path[:-1]: {

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 from jaxtyping import Bool, Float
 
 from jbn._checks import error
@@ -84,7 +83,7 @@ def measured(
 ) -> tuple[LayerReport, Channels]:
     """A row of the table, and what it sums up."""
     stats = {name: layer.batch_stats[name] for name in ("mean", "var", "count") if name in layer.batch_stats}
-    given = meta.unbox(stats | layer.params)
+    given = stats | layer.params
     given |= {} if batch is None else {f"batch {name}": value for name, value in vars(batch).items()}
     host = {name: _host(call, f"{name} of {path!r}", value) for name, value in given.items()}
     count = host.pop("count", None)

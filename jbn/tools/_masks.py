@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from flax import core, nnx
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jbn.tools._trees import Variables, batch_norms, collections
+from jbn.tools._trees import Variables, batch_norms, collections, refilled
 
 
 def weight_decay_mask(variables: Variables) -> Any:
@@ -67,4 +67,4 @@ def _placed(call: str, variables: Variables, inside: Any, outside: Any) -> Any:
     values = unflatten_dict({path: inside if path in norms else outside for path in flatten_dict(tree)})
     if isinstance(variables, nnx.Module):
         return nnx.State(values)
-    return core.freeze(values) if isinstance(variables["params"], core.FrozenDict) else values
+    return refilled(variables["params"], values)

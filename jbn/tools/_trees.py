@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from flax import nnx
-from flax.core import FrozenDict, freeze, unfreeze
+from flax.core import FrozenDict, freeze, meta, unfreeze
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array
 
@@ -32,7 +32,7 @@ class Layer(NamedTuple):
 
 
 def collections(call: str, variables: Variables) -> dict[str, Any]:
-    """The collections of a model as nested dicts: new dicts, the same arrays."""
+    """The collections of a model as nested dicts: new dicts, the same arrays, out of their boxes if any."""
     if isinstance(variables, nnx.Module):
         states = {name: nnx.state(variables, kind) for name, kind in _NNX_COLLECTIONS.items()}
         return {name: nnx.to_pure_dict(state) for name, state in states.items()}
@@ -44,13 +44,15 @@ def collections(call: str, variables: Variables) -> dict[str, Any]:
             "linen variables or an NNX module",
             "For a linen model pass {'params': params, 'batch_stats': batch_stats}.",
         )
-    return {name: jax.tree.map(lambda leaf: leaf, unfreeze(tree)) for name, tree in variables.items()}
+    return {
+        name: jax.tree.map(lambda leaf: leaf, unfreeze(meta.unbox(tree))) for name, tree in variables.items()
+    }
 
 
 def rebuilt(variables: Variables, **changed: Any) -> Any:
     """A model like `variables` with other values in some collections; the given one stays as it is."""
     if not isinstance(variables, nnx.Module):
-        new = {**variables, **changed}
+        new = {**variables} | {name: refilled(variables[name], tree) for name, tree in changed.items()}
         return freeze(new) if isinstance(variables, FrozenDict) else new
     model = nnx.clone(variables)
     for name, tree in changed.items():
@@ -58,6 +60,12 @@ def rebuilt(variables: Variables, **changed: Any) -> Any:
         nnx.replace_by_pure_dict(state, tree)
         nnx.update(model, state)
     return model
+
+
+def refilled(tree: Any, values: Any) -> Any:
+    """The values of a nested dict in a tree of the same names: frozen and boxed where that is."""
+    places, structure = jax.tree.flatten(tree, is_leaf=meta.is_axis_metadata)
+    return jax.tree.unflatten(structure, map(meta.replace_boxed, places, jax.tree.leaves(values)))
 
 
 def batch_norms(call: str, variables: Variables) -> dict[Path, Layer]:

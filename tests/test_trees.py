@@ -1,0 +1,64 @@
+"""What kind of tree goes into a tool comes out of it: dicts, frozen dicts, boxes with names of axes."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax.core import freeze
+
+import jbn.linen
+import jbn.tools
+
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
+X = (np.random.default_rng(0).standard_normal((16, 3)) * 2 + 5).astype(np.float32)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False, **options):
+        x = nn.Dense(4, name="dense")(x)
+        return jbn.linen.BatchNorm(use_running_average=not train, name="norm")(x, **options)
+
+
+VARIABLES = Net().init(jax.random.key(0), X)
+KINDS = {
+    "dict": lambda tree: tree,
+    "frozen": freeze,
+    "dict of frozen": lambda tree: {name: freeze(part) for name, part in tree.items()},
+    "boxed": lambda tree: jax.tree.map(
+        lambda leaf: nn.Partitioned(leaf, (None,) * (leaf.ndim - 1) + ("model",)), tree
+    ),
+}
+
+
+def apply(variables, x, **options):
+    return Net().apply(variables, x, **options)
+
+
+def measured(variables):
+    _, new = apply(variables, X, train=True, update_batch_stats=False, mutable=["batch_moments"])
+    return new
+
+
+TOOLS = {
+    "recalibrate": lambda v: jbn.tools.recalibrate(
+        lambda *args, **options: apply(*args, train=True, **options), v, [X]
+    ),
+    "apply_moments": lambda v: jbn.tools.apply_moments(v, measured(v)),
+    "ema": lambda v: jbn.tools.ema(v, jax.tree.map(lambda leaf: leaf + 1, v), 0.5),
+    "fold_variables": lambda v: jbn.tools.fold_variables(v, [("dense", "norm")]),
+    "weight_decay_mask": jbn.tools.weight_decay_mask,
+    "freeze": jbn.tools.freeze,
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS)[1:])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_kind_of_tree_stays(tool, kind):
+    given = KINDS[kind](VARIABLES)
+    result = TOOLS[tool](given)
+    wanted = given["params"] if tool in ("weight_decay_mask", "freeze") else given
+    assert jax.tree.structure(result) == jax.tree.structure(wanted)
+    for found, expected in zip(*map(jax.tree.leaves, (result, TOOLS[tool](VARIABLES))), strict=True):
+        np.testing.assert_array_equal(found, expected)
