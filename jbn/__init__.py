@@ -9,6 +9,7 @@ from jbn._batch_norm import init as init
 from jbn._moments import Moments as Moments
 from jbn._moments import merge as merge
 from jbn._moments import moments as moments
+from jbn._renorm import Renorm as Renorm
 from jbn._running import update as update
 
 __version__ = "0.1.0"

@@ -155,28 +155,33 @@ def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> Non
         )
 
 
-def check_settings(
-    call: str, momentum: Any, epsilon: Any, dtype: Dtype | None, inputs: Sequence[Any]
-) -> None:
-    """momentum, epsilon, and a dtype of y that can hold what is computed from the inputs x, scale, bias."""
-    check_momentum(call, momentum)
+def check_epsilon(call: str, epsilon: Any) -> None:
+    """What is added to the variance: static, so that 0 can be told from the rest."""
     static = (
         not isinstance(epsilon, jax.core.Tracer) and isinstance(epsilon, _NUMBERS) and np.ndim(epsilon) == 0
     )
     if not static or not 0.0 <= float(epsilon) < float("inf"):
         raise error(call, "epsilon", describe(epsilon), "a static number from 0 up", "The usual one is 1e-5.")
+
+
+def check_dtype(call: str, dtype: Dtype | None, inputs: Sequence[Any]) -> np.dtype:
+    """The dtype of y: one that can hold what is computed from the inputs x, scale, bias."""
     is_complex = any(jnp.iscomplexobj(value) for value in inputs if value is not None)
     kind = "complex" if is_complex else "floating"
     try:
-        good = jnp.issubdtype(output(inputs[0], dtype), jnp.complexfloating if is_complex else jnp.inexact)
+        found = output(inputs[0], dtype)
+        good = jnp.issubdtype(found, jnp.complexfloating if is_complex else jnp.inexact)
     except TypeError:
         good = False
     if not good:
         raise error(call, "dtype", repr(dtype), f"a {kind} dtype", "Convert y afterwards if that is meant.")
+    return found
 
 
 def check_momentum(call: str, momentum: Any) -> None:
-    """The share of the old statistics, static or a scalar array."""
+    """The share of the old statistics, static or a scalar array; None is cumulative."""
+    if momentum is None:
+        return
     if isinstance(momentum, (jax.Array, np.ndarray)):
         good = momentum.shape == () and jnp.issubdtype(momentum.dtype, jnp.floating)
     else:
@@ -186,7 +191,7 @@ def check_momentum(call: str, momentum: Any) -> None:
             call,
             "momentum",
             describe(momentum),
-            "a number from 0 to 1, or a scalar array",
+            "a number from 0 to 1, a scalar array, or None (cumulative)",
             "It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
         )
 
@@ -237,7 +242,7 @@ def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     )
 
 
-def check_several(call: str, x: X, axes: tuple[int, ...]) -> None:
+def check_values(call: str, x: X, axes: tuple[int, ...]) -> None:
     """More than one value per channel, where that is known before anything runs."""
     if all(x.shape[axis] == 1 for axis in axes):
         raise error(

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
 from jbn._devices import Reduction
-from jbn._types import X, spec, wide
+from jbn._types import X, sharded_like, spec, wide
 
 # The rows whose mean is the shift. One row would do, but then (shift - mean)^2 is of the size of the
 # variance, in the worst of many channels ten times it, and as many times larger is the error of
@@ -56,7 +56,7 @@ def measure(x: X, weights: Array | None, reduction: Reduction) -> Measured:
     local = _measure_local(x, weights, reduction.axes)
     if reduction.axis_name is None:
         return local
-    return _over_devices(local, reduction)
+    return over_devices(local, reduction)
 
 
 def _measure_complex(x: X, weights: Array | None, reduction: Reduction) -> Measured:
@@ -64,7 +64,12 @@ def _measure_complex(x: X, weights: Array | None, reduction: Reduction) -> Measu
     parts = jnp.stack([lax.real(x), lax.imag(x)])
     weights = None if weights is None else weights[None]
     moved = dataclasses.replace(reduction, axes=tuple(axis + 1 for axis in reduction.axes))
-    total, values, shift, rest, var = measure(parts, weights, moved)
+    return _joined(measure(parts, weights, moved))
+
+
+def _joined(parts: Measured) -> Measured:
+    """Real and imaginary parts along a first axis as complex moments."""
+    total, values, shift, rest, var = parts
     return Measured(total[0], values[0], lax.complex(*shift), lax.complex(*rest), var[0] + var[1])
 
 
@@ -72,7 +77,7 @@ def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...]) -> Measur
     total, values = _counts(x, weights, axes)
     shift = lax.stop_gradient(_shift(x, weights, axes, total))
     offset = centre(x, shift, weights)
-    total, values = (jnp.broadcast_to(n, shift.shape) for n in (total, values))
+    total, values = (sharded_like(jnp.broadcast_to(n, shift.shape), shift) for n in (total, values))
     divisor = _or_one(total)
     rest = _weighted_sum(offset, weights, axes) / divisor
     var = _weighted_sum(offset * offset, weights, axes) / divisor - rest * rest
@@ -160,8 +165,12 @@ def expectations(sums: Array, total: Array, reduction: Reduction) -> Array:
     return reduction.pmean(sums) / per_device[None].astype(sums.dtype)
 
 
-def _over_devices(local: Measured, reduction: Reduction) -> Measured:
+def over_devices(local: Measured, reduction: Reduction) -> Measured:
     """The moments of the rows of all devices, the same on each of them."""
+    if jnp.iscomplexobj(local.rest):
+        total, values, shift, rest, var = local
+        pairs = ((total, total), (values, values), *((p.real, p.imag) for p in (shift, rest)), (var, 0 * var))
+        return _joined(over_devices(Measured(*map(jnp.stack, pairs)), reduction))
     devices = reduction.size
     if devices > _TABLE_DEVICES:
         return _over_many_devices(local, reduction)
@@ -196,14 +205,30 @@ def merge_measured(parts: Measured) -> Measured:
     """
     total, values, shift, rest, var = parts
     some, all_rows = total > 0, jnp.sum(total, 0)
-    first = jnp.take_along_axis(shift, jnp.argmax(some, 0, keepdims=True), 0)[0]
-    common = lax.stop_gradient(jnp.where(jnp.any(some, 0), first, jnp.zeros_like(first)))
+    common = lax.stop_gradient(_largest(shift, some))
     offset = jnp.where(some, (shift - common[None]) + rest, jnp.zeros_like(rest))
     share = total / _or_one(all_rows)[None]
     mean = jnp.sum(share.astype(offset.dtype) * offset, 0)
     apart = offset - mean[None]
     spread = jnp.where(some, var, jnp.zeros_like(var)) + dot(apart, apart)
     return Measured(all_rows, jnp.sum(values, 0), common, mean, jnp.sum(share * spread, 0))
+
+
+def _largest(shift: Array, some: Bool[Array, "..."]) -> Array:
+    """The largest of the shifts along a first axis that have rows: near the data, exact if all are equal."""
+    if jnp.iscomplexobj(shift):
+        return lax.complex(_largest(shift.real, some), _largest(shift.imag, some))
+    largest = jnp.max(jnp.where(some, shift, jnp.full_like(shift, -jnp.inf)), 0)
+    return jnp.where(jnp.any(some, 0), largest, jnp.zeros_like(largest))
+
+
+def inverse_deviation(var: Float[Array, "..."], epsilon: float) -> Float[Array, "..."]:
+    """1 / sqrt(var + epsilon), and 0 where both are 0: a constant channel then turns into bias, not NaN."""
+    square = var + np.asarray(epsilon, var.dtype)
+    positive = square != 0
+    return jnp.where(
+        positive, lax.rsqrt(jnp.where(positive, square, jnp.ones_like(square))), jnp.zeros_like(var)
+    )
 
 
 def dot(x: Array, y: Array) -> Array:

@@ -5,6 +5,7 @@ Everything here works on arrays of x's rank: statistics and parameters are 1 alo
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -14,7 +15,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jbn._devices import Reduction
-from jbn._measure import Measured, centre, dot, expectations, measure, sums, used, zeroed
+from jbn._measure import (
+    Measured,
+    centre,
+    dot,
+    expectations,
+    inverse_deviation,
+    measure,
+    sums,
+    used,
+    zeroed,
+)
+from jbn._renorm import Reference, renormalized
 from jbn._types import X, wide, working
 
 
@@ -25,12 +37,21 @@ class Normalization:
     reduction: Reduction
     epsilon: float
     dtype: np.dtype
+    activation: str | None = None
+
+
+class Inputs(NamedTuple):
+    """What is normalized, all of x's rank: weights, scale, bias and residual broadcast to x; None is none."""
+
+    x: X
+    weights: Array | None
+    scale: Array | None
+    bias: Array | None
+    residual: Array | None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def normalize(
-    config: Normalization, x: X, weights: Array | None, scale: Array | None, bias: Array | None
-) -> tuple[Array, Measured]:
+def normalize(config: Normalization, inputs: Inputs, reference: Reference | None) -> tuple[Array, Measured]:
     """y = scale * (x - mean) / sqrt(var + epsilon) + bias by the moments of the batch, and those moments.
 
     The offset from the mean is `(x - shift) - rest`: rounding the mean to one float32 would cost half an ulp
@@ -41,12 +62,12 @@ def normalize(
     """
     # Outside of jit, one compiled call and not a hundred. Inside of a mapped axis there is a jit already.
     forward = _forward if config.reduction.axis_name is not None else _compiled_forward
-    return forward(config, x, weights, scale, bias)
+    return forward(config, inputs, reference)
 
 
 @normalize.defjvp
 def _normalize_jvp(
-    config: Normalization, primals: tuple[Array | None, ...], tangents: tuple[Array | None, ...]
+    config: Normalization, primals: tuple[Inputs, Reference | None], tangents: tuple[Inputs, Reference | None]
 ) -> tuple[tuple[Array, Measured], tuple[Array, Measured]]:
     """The one rule; forward mode, reverse mode and all orders come from it, collectives included.
 
@@ -59,32 +80,54 @@ def _normalize_jvp(
     - The rest is in checkpoints, so that the backward pass keeps x in its own dtype and per-channel vectors,
       and computes x - mean again. Nothing could be shared with the forward pass that XLA would not
       have to store, so there is nothing to prevent it from sharing.
+    - relu needs no mask to be kept: where it passes, y is positive. With a residual that is seen from y,
+      which the layer behind keeps anyway; without one it is computed again from x.
     - The moments have tangents too. Their first use is the second derivative: this rule, differentiated,
       asks how they move with x.
     """
-    x, weights, scale, bias = primals
-    x_dot, _, scale_dot, bias_dot = tangents
-    y, measured = normalize(config, x, weights, scale, bias)
+    (inputs, reference), (tangent, _) = primals, tangents
+    y, measured = normalize(config, inputs, reference)
+    affine_of = functools.partial(renormalized, config.epsilon, measured, reference)
+    (scale, bias), (tangent_scale, tangent_bias) = jax.jvp(
+        affine_of, (inputs.scale, inputs.bias), (tangent.scale, tangent.bias)
+    )
+    inputs = inputs._replace(scale=scale, bias=bias, residual=None)
+    tangent = tangent._replace(scale=tangent_scale, bias=tangent_bias)
     checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
     tangent_sums = checkpoint(functools.partial(_tangent_sums, config))
-    tangent = checkpoint(functools.partial(_tangent, config))
-    means = expectations(tangent_sums(x, weights, measured, x_dot), measured.total, config.reduction)
-    y_dot, mean_dot, var_dot = tangent(x, weights, scale, measured, means, x_dot, scale_dot, bias_dot)
+    tangent_of = checkpoint(functools.partial(_tangent, config))
+    local = tangent_sums(inputs.x, inputs.weights, measured, tangent.x)
+    means = expectations(local, measured.total, config.reduction)
+    positive = None if tangent.residual is None or config.activation is None else y
+    y_dot, mean_dot, var_dot = tangent_of(inputs, measured, positive, means, tangent._replace(weights=None))
     still = jax.tree.map(jnp.zeros_like, measured)
     return (y, measured), (y_dot, still._replace(rest=mean_dot, var=var_dot))
 
 
-def _forward(
-    config: Normalization, x: X, weights: Array | None, scale: Array | None, bias: Array | None
-) -> tuple[Array, Measured]:
-    measured = measure(x, weights, config.reduction)
+def _forward(config: Normalization, inputs: Inputs, reference: Reference | None) -> tuple[Array, Measured]:
+    measured = measure(inputs.x, inputs.weights, config.reduction)
+    scale, bias = renormalized(config.epsilon, measured, reference, inputs.scale, inputs.bias)
+    y = _normalized(config, inputs._replace(scale=scale, bias=bias), measured)
+    return _finished(y, inputs.residual, config), measured
+
+
+def _normalized(config: Normalization, inputs: Inputs, measured: Measured) -> Array:
+    """y before residual and activation."""
+    x, weights, scale, bias, _ = inputs
     offset = (_settled(x, weights).astype(measured.shift.dtype) - measured.shift) - measured.rest
     if weights is not None:  # no variance, no scale: what a masked entry holds could become anything
         offset = jnp.where(measured.values > 1, offset, jnp.zeros_like(offset))
-    return _finite(affine(offset, measured.var, scale, bias, config), weights), measured
+    return _finite(affine(offset, measured.var, scale, bias, config), weights)
 
 
 _compiled_forward = jax.jit(_forward, static_argnums=0, inline=True)
+
+
+def _finished(y: Array, residual: Array | None, config: Normalization) -> Array:
+    """relu(y + residual), each as a step of its own: the values of the separate operations in every dtype."""
+    if residual is not None:
+        y = y + residual.astype(y.dtype)
+    return y if config.activation is None else jax.nn.relu(y)
 
 
 def _tangent_sums(
@@ -103,16 +146,16 @@ def _offset_and_tangent(x: X, weights: Array | None, measured: Measured, x_dot: 
 
 def _tangent(
     config: Normalization,
-    x: X,
-    weights: Array | None,
-    scale: Array | None,
+    inputs: Inputs,
     measured: Measured,
+    positive: Array | None,
     means: Array,
-    x_dot: Array,
-    scale_dot: Array | None,
-    bias_dot: Array | None,
+    tangent: Inputs,
 ) -> tuple[Array, Array, Array]:
-    offset, x_dot = _offset_and_tangent(x, weights, measured, x_dot)
+    """The tangents of y, mean and var; `positive` is y, if it cannot be had from x."""
+    x, weights, scale, _, _ = inputs
+    _, _, scale_dot, bias_dot, residual_dot = tangent
+    offset, x_dot = _offset_and_tangent(x, weights, measured, tangent.x)
     mean_dot, half_var_dot = means[0], means[1].real
     r = inverse_deviation(measured.var, config.epsilon)
     kind = working(*(part.dtype for part in (offset, scale, bias_dot) if part is not None))
@@ -124,24 +167,24 @@ def _tangent(
     if scale_dot is not None:
         slope = r.astype(kind) * scale_dot.astype(kind) + slope
     y_dot = a * x_dot.astype(kind) + constant + offset.astype(kind) * slope
-    return zeroed(y_dot, weights).astype(config.dtype), mean_dot, 2 * half_var_dot
+    y_dot = zeroed(y_dot, weights).astype(config.dtype)
+    if residual_dot is not None:
+        y_dot = y_dot + residual_dot.astype(config.dtype)
+    if config.activation is not None:
+        y = _normalized(config, inputs, measured) if positive is None else positive
+        y_dot = jnp.where(y > 0, y_dot, jnp.zeros_like(y_dot))
+    return y_dot, mean_dot, 2 * half_var_dot
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def normalize_by(
-    config: Normalization,
-    x: X,
-    weights: Array | None,
-    mean: Array,
-    var: Array,
-    scale: Array | None,
-    bias: Array | None,
-) -> Array:
+def normalize_by(config: Normalization, inputs: Inputs, mean: Array, var: Array) -> Array:
     """y by given statistics: one pass, no reduction, differentiable in all arguments."""
+    x, weights, scale, bias, residual = inputs
     dtype = working(x.dtype, mean.dtype)
     offset = _settled(x, weights).astype(dtype) - mean.astype(dtype)
     y = _finite(affine(offset, var.astype(wide(dtype)), scale, bias, config), weights)
-    return y if weights is None else jnp.where(used(weights), y, lax.stop_gradient(y))
+    y = y if weights is None else jnp.where(used(weights), y, lax.stop_gradient(y))
+    return _finished(y, residual, config)
 
 
 def affine(
@@ -156,15 +199,6 @@ def affine(
         factor = factor * scale.astype(kind)
     y = offset.astype(kind) * factor
     return (y if bias is None else y + bias.astype(kind)).astype(config.dtype)
-
-
-def inverse_deviation(var: Float[Array, "..."], epsilon: float) -> Float[Array, "..."]:
-    """1 / sqrt(var + epsilon), and 0 where both are 0: a constant channel then turns into bias, not NaN."""
-    square = var + np.asarray(epsilon, var.dtype)
-    positive = square != 0
-    return jnp.where(
-        positive, lax.rsqrt(jnp.where(positive, square, jnp.ones_like(square))), jnp.zeros_like(var)
-    )
 
 
 def _finite(y: Array, weights: Array | None) -> Array:

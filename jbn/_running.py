@@ -1,29 +1,41 @@
 """How running statistics remember: the update rule."""
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
-from jbn._checks import check_batch_stats, check_momentum
-from jbn._moments import Moments
-from jbn._types import BatchStats, sharded_like, working
+from jbn._checks import check_batch_stats, check_momentum, check_static
+from jbn._moments import Moments, merge
+from jbn._options import check_counters
+from jbn._types import BatchStats, sharded_like, wide, working
 
 
-def update(batch_stats: BatchStats, moments: Moments, *, momentum: float | Array = 0.99) -> BatchStats:
+def update(
+    batch_stats: BatchStats,
+    moments: Moments,
+    *,
+    momentum: float | Array | None = 0.99,
+    unbiased: bool = False,
+) -> BatchStats:
     """Running statistics after a batch with these moments.
 
         new = momentum * old + (1 - momentum) * batch
 
-    `momentum` weighs the OLD value, as in Flax (PyTorch's 0.1 is 0.9 here). The variance that is stored is
-    the biased one. A channel of which the batch has no row keeps its statistics.
+    `momentum` weighs the OLD value, as in Flax (PyTorch's 0.1 is 0.9 here). A channel of which the batch has
+    no row keeps its statistics.
 
     Args:
       batch_stats: `mean` and `var`, as from `jbn.init`, and `count` and `rows` if it has them.
       moments: of the batch, as from `jbn.moments`.
-      momentum: from 0 (the batch replaces the old) to 1 (the old stays); may be a traced scalar.
+      momentum: from 0 (the batch replaces the old) to 1 (the old stays); may be a traced scalar. None is
+        cumulative: the statistics of all rows so far, pooled as in `jbn.merge`; needs `rows`.
+      unbiased: whether the variance that is stored is multiplied by n / (n - 1).
 
     Returns:
       New batch_stats: the same structure, shapes and dtypes; computed in float32 or wider.
@@ -41,29 +53,45 @@ def update(batch_stats: BatchStats, moments: Moments, *, momentum: float | Array
     Reference: Ioffe and Szegedy 2015, arXiv 1502.03167, section 3.1.
     """
     check_momentum("update", momentum)
+    check_static("update", "unbiased", unbiased)
     check_batch_stats("update", batch_stats, moments.mean, ())
-    return remember(batch_stats, moments, momentum, moments.count > 0)
+    check_counters("update", batch_stats, momentum, debias=False, training=True)
+    return remember(batch_stats, moments, momentum, moments.count > 0, unbiased)
 
 
 def remember(
-    batch_stats: BatchStats, moments: Moments, momentum: float | Array, seen: Bool[Array, "*C"]
+    batch_stats: BatchStats,
+    moments: Moments,
+    momentum: float | Array | None,
+    seen: Bool[Array, "*C"],
+    unbiased: bool = False,
 ) -> BatchStats:
     """`update` for the channels where `seen`; the others keep their statistics."""
     # Both shares are rounded once: 1 - momentum taken in float32 would be off by 6e-6 of itself at 0.99.
-    new_stats: BatchStats = _remember(batch_stats, moments, (momentum, 1 - momentum), seen)
+    shares = None if momentum is None else (momentum, 1 - momentum)
+    new_stats: BatchStats = _remember(batch_stats, moments, shares, seen, unbiased)
     return new_stats
 
 
-@functools.partial(jax.jit, inline=True)
+@functools.partial(jax.jit, static_argnames="unbiased", inline=True)
 def _remember(
-    batch_stats: BatchStats, moments: Moments, shares: tuple[Array, Array], seen: Bool[Array, "*C"]
+    batch_stats: BatchStats,
+    moments: Moments,
+    shares: tuple[Array, Array] | None,
+    seen: Bool[Array, "*C"],
+    unbiased: bool,
 ) -> BatchStats:
-    def average(old: Array, batch: Array) -> Array:
-        new = moving_average(old, batch, shares)
-        return jnp.where(seen, new, old.astype(new.dtype))
-
     moments, seen = jax.tree.map(lambda part: sharded_like(part, batch_stats["mean"]), (moments, seen))
-    new = {name: average(batch_stats[name], getattr(moments, name)) for name in ("mean", "var")}
+    if shares is None:
+        mean, var = _cumulative(batch_stats, moments, unbiased)
+    else:
+        factor = _bessel(moments.count) if unbiased else 1
+        mean = moving_average(batch_stats["mean"], moments.mean, shares)
+        var = moving_average(batch_stats["var"], moments.var * factor, shares)
+    new = {
+        name: jnp.where(seen, value, batch_stats[name].astype(value.dtype))
+        for name, value in (("mean", mean), ("var", var))
+    }
     if "rows" in batch_stats:
         new["rows"] = batch_stats["rows"] + jnp.where(seen, moments.count, jnp.zeros_like(moments.count))
     if "count" in batch_stats:
@@ -72,6 +100,48 @@ def _remember(
         lambda path, old: _like(old, new[path[-1].key]), batch_stats
     )
     return result
+
+
+def _cumulative(batch_stats: BatchStats, moments: Moments, unbiased: bool) -> tuple[Array, Array]:
+    """Mean and variance of all rows seen so far; what was stored unbiased is pooled as what it was before."""
+    real = wide(batch_stats["mean"].dtype, moments.mean.dtype)
+    rows = batch_stats["rows"].astype(real)
+    mean, var = (
+        batch_stats["mean"].astype(working(batch_stats["mean"].dtype, real)),
+        batch_stats["var"].astype(real),
+    )
+    before = Moments(rows, mean, var / _bessel(rows) if unbiased else var)
+    batch = Moments(moments.count.astype(real), moments.mean.astype(mean.dtype), moments.var.astype(real))
+    total = merge(before, batch)
+    return total.mean, total.var * _bessel(total.count) if unbiased else total.var
+
+
+def _bessel(count: Float[Array, "*C"]) -> Float[Array, "*C"]:
+    """n / (n - 1), and 1 for n = 1, whose variance is 0; continued in between, for fractional weights."""
+    return jnp.maximum(count, 1) / jnp.maximum(count - 1, 1)
+
+
+def debiased(batch_stats: BatchStats, momentum: Any) -> BatchStats:
+    """Mean and variance without the share that the initial 0 and 1 still have in them.
+
+        mean / (1 - momentum^count),  (var - momentum^count) / (1 - momentum^count)
+
+    Before any update, and where momentum is 1, they are 0 and 1 as they are. Cumulative statistics have no
+    such share. The stored variance was rounded about 1: after the division an error of 6e-8 is one of
+    6e-8 / (1 - momentum^count).
+    """
+    mean, var = batch_stats["mean"], batch_stats["var"]
+    if momentum is None or momentum == 1:
+        return batch_stats
+    kind, count = wide(var.dtype), batch_stats["count"]
+    log_share = jnp.maximum(count, 1).astype(kind) * np.asarray(
+        math.log(momentum) if momentum else -np.inf, kind
+    )
+    updated = count > 0
+    share = jnp.where(updated, jnp.exp(log_share), jnp.zeros_like(log_share))
+    learned = jnp.where(updated, -jnp.expm1(log_share), jnp.ones_like(log_share))  # 1 - share, to all digits
+    mean = mean.astype(working(mean.dtype, kind)) / learned
+    return {"mean": mean, "var": jnp.maximum((var.astype(kind) - share) / learned, 0)}
 
 
 def moving_average(old: Array, new: Array, shares: tuple[float | Array, float | Array]) -> Array:

@@ -54,7 +54,8 @@ def kept(batch_stats: BatchStats, x: X) -> dict[str, Array]:
     """
     kinds = {"mean": jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32, "var": jnp.float32}
     return {
-        name: batch_stats[name].astype(working(batch_stats[name].dtype, kind)) for name, kind in kinds.items()
+        name: value.astype(working(value.dtype, kinds[name])) if name in kinds else value
+        for name, value in batch_stats.items()
     }
 
 

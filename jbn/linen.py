@@ -19,6 +19,8 @@ from jaxtyping import Array
 from jbn._batch_norm import run
 from jbn._checks import check_flag, check_static, check_x, error, feature_shape, naming
 from jbn._moments import Moments, merge
+from jbn._options import Options, counters
+from jbn._renorm import Renorm
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
 
 serialization.register_serialization_state(
@@ -83,7 +85,7 @@ class BatchNorm(nn.Module):
 
     use_running_average: bool | None = None
     axis: Axes = -1
-    momentum: float | Array = 0.99
+    momentum: float | Array | None = 0.99
     epsilon: float = 1e-5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -98,6 +100,12 @@ class BatchNorm(nn.Module):
     mean_init: initializers.Initializer = initializers.zeros
     var_init: initializers.Initializer = initializers.ones
     frozen: bool = False
+    unbiased: bool = False
+    debias: bool = False
+    skip_nonfinite: bool = False
+    virtual_batch_size: int | None = None
+    renorm: Renorm | None = None
+    activation: str | None = None
 
     @nn.compact
     def __call__(
@@ -106,6 +114,7 @@ class BatchNorm(nn.Module):
         use_running_average: Flag | None = None,
         *,
         mask: Array | None = None,
+        residual: Array | None = None,
         update_batch_stats: bool = True,
     ) -> Array:
         """Normalizes x, and in training updates the running statistics.
@@ -115,6 +124,7 @@ class BatchNorm(nn.Module):
           use_running_average: True in evaluation, False in training, if the constructor did not say.
           mask: bool, or weights from 0 up: x's rank and broadcastable to x, or aligned with x's leading
             non-feature axes (`[N]`, `[N, T]`).
+          residual: added to y, before `activation`; x's rank, and broadcasts to x.
           update_batch_stats: False uses the statistics of the batch in training, and writes nothing.
 
         Returns:
@@ -129,7 +139,7 @@ class BatchNorm(nn.Module):
             flag = True if self.frozen else self._mode(use_running_average)
             x, axes = check_x("linen.BatchNorm", x, self.axis)
             params = self._params(feature_shape(x, axes))
-            mean, var = self._running(x, feature_shape(x, axes))
+            running = self._running(x, feature_shape(x, axes))
             starting = self.is_initializing()
             writes = update_batch_stats and flag is not True and not starting
             if writes and not self.is_mutable_collection("batch_stats"):
@@ -145,20 +155,18 @@ class BatchNorm(nn.Module):
                 dtype = canonicalize_dtype(x, *params.values(), dtype=self.dtype)
             y, batch_stats, moments = run(
                 params,
-                kept({"mean": mean.value, "var": var.value}, x),
+                kept({name: variable.value for name, variable in running.items()}, x),
                 x,
-                use_running_average=flag,
-                axis=self.axis,
-                momentum=self.momentum,
-                epsilon=self.epsilon,
-                axis_name=self.axis_name,
-                axis_index_groups=self.axis_index_groups,
+                flag,
+                Options.of(self),
                 mask=mask,
+                residual=residual,
                 dtype=dtype,
                 starting=starting,
             )
         if writes:
-            mean.value, var.value = batch_stats["mean"], batch_stats["var"]
+            for name, variable in running.items():
+                variable.value = batch_stats[name]
         if moments is not None and not starting and self._keeps_moments():
             if self.has_variable("batch_moments", "moments"):
                 moments = merge(self.get_variable("batch_moments", "moments"), moments)
@@ -193,9 +201,10 @@ class BatchNorm(nn.Module):
             params = jax.lax.stop_gradient(params)
         return params
 
-    def _running(self, x: X, features: tuple[int, ...]) -> tuple[nn.Variable[Array], nn.Variable[Array]]:
-        """The running mean and variance. After the parameters, whose keys are then those that Flax gives."""
-        if not self.has_variable("batch_stats", "mean") and not self.is_mutable_collection("batch_stats"):
+    def _running(self, x: X, features: tuple[int, ...]) -> dict[str, nn.Variable[Array]]:
+        """The running statistics. After the parameters, whose keys are then those that Flax gives."""
+        may_start = self.is_mutable_collection("batch_stats")
+        if not (may_start or self.has_variable("batch_stats", "mean")):
             raise error(
                 "linen.BatchNorm",
                 "batch_stats",
@@ -205,9 +214,20 @@ class BatchNorm(nn.Module):
             )
         kind = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
         key = self.make_rng("params") if self.has_rng("params") else None
-        mean = self.variable("batch_stats", "mean", self.mean_init, key, features, kind)
-        var = self.variable("batch_stats", "var", self.var_init, key, features, jnp.float32)
-        return mean, var
+        initial: dict[str, tuple[Any, ...]] = {
+            "mean": (self.mean_init, key, features, kind),
+            "var": (self.var_init, key, features, jnp.float32),
+            "count": (jnp.zeros, (), jnp.int32),
+            "rows": (jnp.zeros, features, jnp.float32),
+        }
+        counting = [
+            name
+            for name in counters(self.momentum, self.debias)
+            if may_start or self.has_variable("batch_stats", name)
+        ]
+        return {
+            name: self.variable("batch_stats", name, *initial[name]) for name in ("mean", "var", *counting)
+        }
 
 
 class _StandIn(BatchNorm):

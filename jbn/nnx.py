@@ -15,11 +15,13 @@ from jaxtyping import Array
 from jbn._batch_norm import run
 from jbn._checks import check_flag, check_static, error, naming
 from jbn._moments import Moments, merge
+from jbn._options import Options, counters
+from jbn._renorm import Renorm
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
 
 Model = TypeVar("Model", bound=nnx.Module)
 
-_SETTINGS = (
+_FLAX_SETTINGS = (
     "use_running_average",
     "axis",
     "momentum",
@@ -29,8 +31,16 @@ _SETTINGS = (
     "axis_index_groups",
     "use_fast_variance",
     "promote_dtype",
-    "frozen",
 )
+_OWN_SETTINGS = {
+    "frozen": False,
+    "unbiased": False,
+    "debias": False,
+    "skip_nonfinite": False,
+    "virtual_batch_size": None,
+    "renorm": None,
+    "activation": None,
+}
 
 
 class BatchMoments(nnx.Variable[Moments]):
@@ -94,7 +104,7 @@ class BatchNorm(nnx.Module):
         *,
         use_running_average: bool | None = False,
         axis: Axes = -1,
-        momentum: float | Array = 0.99,
+        momentum: float | Array | None = 0.99,
         epsilon: float = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -112,6 +122,12 @@ class BatchNorm(nnx.Module):
         mean_init: Initializer | None = None,
         var_init: Initializer | None = None,
         frozen: bool = False,
+        unbiased: bool = False,
+        debias: bool = False,
+        skip_nonfinite: bool = False,
+        virtual_batch_size: int | None = None,
+        renorm: Renorm | None = None,
+        activation: str | None = None,
     ) -> None:
         """Makes the variables; the arguments are those of the class."""
         shape = (num_features,)
@@ -130,6 +146,8 @@ class BatchNorm(nnx.Module):
             jnp.ones(shape, jnp.float32) if var_init is None else var_init(rngs.params(), shape, jnp.float32)
         )
         self.mean, self.var = nnx.BatchStat(mean), nnx.BatchStat(var)
+        self.count: nnx.BatchStat[Array] | None = nnx.data(None)
+        self.rows: nnx.BatchStat[Array] | None = nnx.data(None)
         self.batch_moments: BatchMoments | None = nnx.data(None)
         self.num_features = num_features
         self.use_running_average = use_running_average
@@ -145,6 +163,13 @@ class BatchNorm(nnx.Module):
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
         self.frozen = frozen
+        self.unbiased = unbiased
+        self.debias = debias
+        self.skip_nonfinite = skip_nonfinite
+        self.virtual_batch_size = virtual_batch_size
+        self.renorm = renorm
+        self.activation = activation
+        _start_counters(self)
 
     def __call__(
         self,
@@ -152,6 +177,7 @@ class BatchNorm(nnx.Module):
         use_running_average: Flag | None = None,
         *,
         mask: Array | None = None,
+        residual: Array | None = None,
         update_batch_stats: bool = True,
     ) -> Array:
         """Normalizes x, and in training updates the running statistics.
@@ -161,6 +187,7 @@ class BatchNorm(nnx.Module):
           use_running_average: True in evaluation, False in training; None: what the layer was set to.
           mask: bool, or weights from 0 up: x's rank and broadcastable to x, or aligned with x's leading
             non-feature axes (`[N]`, `[N, T]`).
+          residual: added to y, before `activation`; x's rank, and broadcasts to x.
           update_batch_stats: False uses the statistics of the batch in training, and writes nothing.
 
         Returns:
@@ -179,19 +206,17 @@ class BatchNorm(nnx.Module):
                     params[name] = param[...]
             y, batch_stats, moments = run(
                 jax.lax.stop_gradient(params) if self.frozen else params,
-                kept({"mean": self.mean[...], "var": self.var[...]}, x),
+                kept({name: variable[...] for name, variable in self._running().items()}, x),
                 x,
-                use_running_average=flag,
-                axis=self.axis,
-                momentum=self.momentum,
-                epsilon=self.epsilon,
-                axis_name=self.axis_name,
-                axis_index_groups=self.axis_index_groups,
+                flag,
+                Options.of(self),
                 mask=mask,
+                residual=residual,
                 dtype=self._output_dtype(x, params),
             )
         if update_batch_stats and flag is not True:
-            for variable, value in ((self.mean, batch_stats["mean"]), (self.var, batch_stats["var"])):
+            for name, variable in self._running().items():
+                value = batch_stats[name]
                 if variable[...].dtype == value.dtype:
                     variable[...] = value
                 else:  # complex or wide from now on
@@ -208,6 +233,11 @@ class BatchNorm(nnx.Module):
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+    def _running(self) -> dict[str, nnx.BatchStat[Array]]:
+        """The running statistics, as many as the options need."""
+        variables = {"mean": self.mean, "var": self.var, "count": self.count, "rows": self.rows}
+        return {name: variable for name, variable in variables.items() if variable is not None}
 
     def _mode(self, argument: Flag | None) -> Flag:
         """The mode of the call, else of the layer."""
@@ -234,6 +264,14 @@ class BatchNorm(nnx.Module):
 
         with jax.numpy_dtype_promotion("standard"):  # also where promotion is strict
             return jax.eval_shape(a_value, arrays).dtype
+
+
+def _start_counters(layer: BatchNorm) -> None:
+    """Variables for count and rows, if the options need them, and Flax's variables alone if not."""
+    for name in ("count", "rows"):
+        if getattr(layer, name) is None and name in counters(layer.momentum, layer.debias):
+            value = jnp.zeros((), jnp.int32) if name == "count" else jnp.zeros_like(layer.var[...])
+            setattr(layer, name, nnx.BatchStat(value))
 
 
 def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
@@ -284,12 +322,13 @@ def replace_batch_norm(model: Model, **overrides: Any) -> Model:
       >>> type(model.layers[1]).__module__, model.layers[1].axis_name
       ('jbn.nnx', 'data')
     """
-    if unknown := sorted(set(overrides) - set(_SETTINGS)):
+    settings = (*_FLAX_SETTINGS, *_OWN_SETTINGS)
+    if unknown := sorted(set(overrides) - set(settings)):
         raise error(
             "nnx.replace_batch_norm",
             "overrides",
             ", ".join(unknown),
-            f"settings of jbn.nnx.BatchNorm ({', '.join(_SETTINGS)})",
+            f"settings of jbn.nnx.BatchNorm ({', '.join(settings)})",
             "Check the spelling.",
         )
     for _, module in list(nnx.iter_modules(model)):
@@ -297,8 +336,11 @@ def replace_batch_norm(model: Model, **overrides: Any) -> Model:
         if type(module) is nnx.BatchNorm:
             # The class alone: wherever the layer is held, and by however many, it stays one object.
             layer.__class__ = BatchNorm
-            layer.batch_moments, layer.frozen = nnx.data(None), False
+            layer.count, layer.rows, layer.batch_moments = (nnx.data(None) for _ in range(3))
+            for name, value in _OWN_SETTINGS.items():
+                setattr(layer, name, value)
         if type(module) is BatchNorm:
             for name, value in overrides.items():
                 setattr(layer, name, value)
+            _start_counters(layer)
     return model

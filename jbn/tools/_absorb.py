@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array
 
 from jbn._checks import naming
-from jbn._normalize import inverse_deviation
+from jbn._measure import inverse_deviation
 from jbn._types import Axes, wide
 from jbn.tools._fold import check_fold, folded, stored, times
 from jbn.tools._trees import Layer, Path, Variables, batch_norms, collections, dotted, rebuilt

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from jbn._checks import as_numbers, check_entries, check_settings, error
-from jbn._normalize import inverse_deviation
+from jbn._checks import as_numbers, check_entries, check_epsilon, error
+from jbn._measure import inverse_deviation
 from jbn._types import Axes, BatchStats, Dtype, Params, describe, sharded_like, wide, working
 
 _FOLD = "tools.fold"
@@ -97,7 +97,7 @@ def check_fold(
             f"one or several different axes of kernel = {describe(kernel)}",
             "Name those with the output channels: -1, or -2 for transpose_kernel=True.",
         )
-    check_settings(_FOLD, 0.0, epsilon, None, (kernel,))
+    check_epsilon(_FOLD, epsilon)
     check_entries(_FOLD, "params", params, ("scale", "bias"))
     check_entries(_FOLD, "batch_stats", batch_stats, ("mean", "var", "count", "rows"))
     features = tuple(kernel.shape[a] for a in axes)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from flax import nnx
 
-from jbn._checks import check_settings, error
+from jbn._checks import check_epsilon, error
 from jbn._moments import Moments
 from jbn.tools._drift import LayerReport, measured
 from jbn.tools._table import Report, some
@@ -73,7 +73,7 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
 
     Reference: Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section 3.
     """
-    check_settings(_CALL, 0.0, epsilon, None, [np.zeros((), np.float32)])
+    check_epsilon(_CALL, epsilon)
     layers = [(dotted(path), layer) for path, layer in batch_norms(_CALL, variables).items()]
     layers.sort(key=lambda item: _by_number(item[0]))
     batches = _batches(variables, moments, [path for path, _ in layers])

@@ -1,0 +1,223 @@
+"""Validation of the options of `batch_norm`, alone and of those that do not go together."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jbn._checks import (
+    as_numbers,
+    check_batch_stats,
+    check_epsilon,
+    check_momentum,
+    check_static,
+    check_values,
+    error,
+    fits,
+)
+from jbn._renorm import Renorm
+from jbn._types import Axes, AxisIndexGroups, AxisName, BatchStats, X, describe, sharded_like
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What may be chosen about a batch norm, by the names of the arguments of `jbn.batch_norm`."""
+
+    axis: Axes
+    epsilon: float
+    # how statistics are measured
+    axis_name: AxisName | None
+    axis_index_groups: AxisIndexGroups | None
+    virtual_batch_size: int | None
+    renorm: Renorm | None
+    # how they are remembered
+    momentum: float | Array | None
+    unbiased: bool
+    debias: bool
+    skip_nonfinite: bool
+    # what happens after
+    activation: str | None
+
+    @classmethod
+    def of(cls, layer: Any) -> "Options":
+        """Those of a layer, which has them as its attributes."""
+        return cls(**{field.name: getattr(layer, field.name) for field in dataclasses.fields(cls)})
+
+
+def counters(momentum: float | Array | None, debias: bool) -> tuple[str, ...]:
+    """The entries of batch_stats, beside mean and var, that a batch norm with these options keeps."""
+    return ("count", "rows") if momentum is None or debias else ()
+
+
+def check_options(
+    call: str, options: Options, x: X, axes: tuple[int, ...], weights: Array | None, dtype: np.dtype
+) -> None:
+    """Each option, and those that do not go together."""
+    check_momentum(call, options.momentum)
+    check_epsilon(call, options.epsilon)
+    for name in ("unbiased", "debias", "skip_nonfinite"):
+        check_static(call, name, getattr(options, name))
+    if options.debias:
+        _check_debias(call, options.momentum, weights, axes)
+    size = options.virtual_batch_size
+    if size is not None and (isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1):
+        raise error(
+            call,
+            "virtual_batch_size",
+            describe(size),
+            "a static int from 1 up, or None",
+            "Usually 32 to 256.",
+        )
+    _check_renorm(call, options.renorm, x)
+    if options.activation is not None and (
+        options.activation != "relu" or jnp.issubdtype(dtype, jnp.complexfloating)
+    ):
+        raise error(
+            call,
+            "activation",
+            f"{options.activation!r} for y of {dtype}",
+            "None, or 'relu' for a real y",
+            "Apply any other function to y.",
+        )
+
+
+def check_statistics(
+    call: str, options: Options, batch_stats: BatchStats | None, x: X, axes: tuple[int, ...], training: bool
+) -> None:
+    """Running statistics that fit x, with what the options need."""
+    if batch_stats is None:
+        if options.renorm is not None:
+            raise error(
+                call,
+                "renorm",
+                "given, and batch_stats is None",
+                "running statistics to correct towards",
+                "Pass the batch_stats of jbn.init, or leave renorm out.",
+            )
+        return
+    check_batch_stats(call, batch_stats, x, axes)
+    check_counters(call, batch_stats, options.momentum, debias=options.debias, training=training)
+
+
+def check_several(
+    call: str, options: Options, x: X, axes: tuple[int, ...], weights: Array | None, certain: bool
+) -> None:
+    """Groups that divide the batch; in training for certain, more than one value per channel."""
+    size = options.virtual_batch_size
+    if size is None:
+        if certain and weights is None and options.axis_name is None:
+            check_values(call, x, axes)
+        return
+    examples = x.shape[axes[0]] if axes else 0
+    if not axes or examples % size:
+        raise error(
+            call,
+            "virtual_batch_size",
+            f"{size} for x = {describe(x)}",
+            f"a divisor of the {examples} examples",
+            "Drop the last batch of an epoch, or pad it to the full size and pass mask.",
+        )
+    if certain and weights is None and size == 1 and all(x.shape[axis] == 1 for axis in axes[1:]):
+        raise error(
+            call,
+            "virtual_batch_size",
+            f"1 for x = {describe(x)}, one value per channel",
+            "groups of at least two values per channel in training",
+            "A single value has no variance and would turn into bias: use larger groups.",
+        )
+
+
+def check_counters(
+    call: str, batch_stats: BatchStats, momentum: float | Array | None, *, debias: bool, training: bool
+) -> None:
+    """The entries that momentum=None and debias count with."""
+    needed = {"rows": training and momentum is None, "count": debias and momentum is not None}
+    for name, is_needed in needed.items():
+        if is_needed and name not in batch_stats:
+            reason = "momentum=None" if momentum is None else "debias=True"
+            raise error(
+                call,
+                "batch_stats",
+                f"a mapping with {', '.join(batch_stats)}",
+                f"{name} for {reason}",
+                "Make them with jbn.init(features, count=True).",
+            )
+
+
+def _check_debias(
+    call: str, momentum: float | Array | None, weights: Array | None, axes: tuple[int, ...]
+) -> None:
+    """One momentum, and updates of all channels alike: else their count does not say what is left."""
+    if isinstance(momentum, (jax.Array, np.ndarray)):
+        raise error(
+            call,
+            "momentum",
+            f"{describe(momentum)} with debias=True",
+            "a number, or None",
+            "What is left of the initial statistics is known for a momentum that stays the same.",
+        )
+    if weights is not None and any(size != 1 for axis, size in enumerate(weights.shape) if axis not in axes):
+        raise error(
+            call,
+            "mask",
+            f"{describe(weights)} with debias=True",
+            "one for all channels",
+            "count is one number for all of them: use momentum=None, which counts by channel.",
+        )
+
+
+def _check_renorm(call: str, renorm: Any, x: X) -> None:
+    """Limits that are possible, and real x."""
+    if renorm is None:
+        return
+    limits = {"r_max": 1, "d_max": 0}
+    if not isinstance(renorm, Renorm) or not all(
+        _is_scalar_from(lowest, getattr(renorm, name)) for name, lowest in limits.items()
+    ):
+        raise error(
+            call,
+            "renorm",
+            describe(renorm),
+            "jbn.Renorm(r_max, d_max) with scalars, r_max from 1 and d_max from 0 up",
+            "The paper ends at jbn.Renorm(3.0, 5.0).",
+        )
+    if jnp.iscomplexobj(x):
+        raise error(
+            call,
+            "renorm",
+            f"given for x = {describe(x)}",
+            "real x",
+            "How to clip a complex d, no paper says.",
+        )
+
+
+def _is_scalar_from(lowest: int, value: Any) -> bool:
+    """Whether the value is a real scalar, and in the range as far as that is known while tracing."""
+    array = as_numbers(value)
+    if array is None or array.shape or jnp.iscomplexobj(array):
+        return False
+    return isinstance(array, jax.core.Tracer) or bool(array >= lowest)
+
+
+def check_residual(call: str, residual: Any, x: X, dtype: np.dtype) -> Array | None:
+    """What is added to y: an array that broadcasts to x."""
+    if residual is None:
+        return None
+    value = as_numbers(residual)
+    if (
+        value is None
+        or value.ndim != x.ndim
+        or not fits(value.shape, x.shape)
+        or (jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating))
+    ):
+        raise error(
+            call,
+            "residual",
+            f"{describe(residual)} for x = {describe(x)}",
+            "an array of as many axes, each 1 or x's size, and complex only if y is",
+            "It is added to y: project it to y's shape first.",
+        )
+    return sharded_like(value, x)
