@@ -78,7 +78,7 @@ def check_options(
         raise error(
             call,
             "activation",
-            f"{options.activation!r} for y of {dtype}",
+            f"{options.activation if isinstance(options.activation, str) else 'no text'} for y of {dtype}",
             "None, or 'relu' for a real y",
             "Apply any other function to y.",
         )

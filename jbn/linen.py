@@ -50,7 +50,7 @@ class BatchNorm(nn.Module):
     Attributes:
       use_running_average: True in evaluation, False in training; here or in the call.
       axis: the feature axis or axes.
-      momentum: weighs the OLD statistics, `new = momentum * old + (1 - momentum) * batch`.
+      momentum: weighs the OLD statistics, `new = momentum * old + (1 - momentum) * batch`; None: all rows.
       epsilon: added to the variance.
       dtype: of y; None: the one that x, scale and bias promote to.
       param_dtype: of scale and bias.
@@ -67,6 +67,15 @@ class BatchNorm(nn.Module):
       var_init: initializer of the running variance.
       frozen: uses the running statistics, writes nothing, and gives no gradient to scale and bias: the whole
         layer is a constant, whatever the mode.
+      unbiased: whether the variance that is stored is multiplied by n / (n - 1).
+      debias: whether evaluation divides out what is left of the initial 0 and 1.
+      skip_nonfinite: whether a batch whose statistics hold NaN or inf updates nothing.
+      virtual_batch_size: examples that are normalized together (ghost batch norm).
+      renorm: limits of batch renormalization.
+      activation: "relu" gives `relu(y + residual)`.
+
+    The last six are explained at `jbn.batch_norm`. `momentum=None` and `debias` add `count` and `rows` to the
+    collection `batch_stats`.
 
     If `mutable` names the collection `batch_moments`, training leaves the batch's `jbn.Moments` there, merged
     with those that are there already: recalibration and gradient accumulation read them.

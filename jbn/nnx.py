@@ -61,8 +61,8 @@ class BatchNorm(nnx.Module):
       use_running_average: True in evaluation, False in training; `model.eval()` and `model.train()` set it,
         and an argument of the call has precedence.
       axis: the feature axis.
-      momentum: weighs the OLD statistics, `new = momentum * old + (1 - momentum) * batch`. A schedule sets
-        `layer.momentum = nnx.data(value)` to a scalar array, from the first value on.
+      momentum: weighs the OLD statistics, `new = momentum * old + (1 - momentum) * batch`; None: all rows.
+        A schedule sets `layer.momentum = nnx.data(value)` to a scalar array, from the first value on.
       epsilon: added to the variance.
       dtype: of y; None: the one that x, the statistics, scale and bias promote to.
       param_dtype: of scale and bias.
@@ -82,6 +82,15 @@ class BatchNorm(nnx.Module):
       var_init: initializer of the running variance; None: ones.
       frozen: uses the running statistics, writes nothing, and gives no gradient to scale and bias: the whole
         layer is a constant, whatever the mode.
+      unbiased: whether the variance that is stored is multiplied by n / (n - 1).
+      debias: whether evaluation divides out what is left of the initial 0 and 1.
+      skip_nonfinite: whether a batch whose statistics hold NaN or inf updates nothing.
+      virtual_batch_size: examples that are normalized together (ghost batch norm).
+      renorm: limits of batch renormalization; a schedule sets `layer.renorm = nnx.data(jbn.Renorm(...))`.
+      activation: "relu" gives `relu(y + residual)`.
+
+    The last six are explained at `jbn.batch_norm`. `momentum=None` and `debias` add the variables `count` and
+    `rows`.
 
     After `jbn.nnx.keep_batch_moments(model)` training leaves the batch's `jbn.Moments` in the variable
     `batch_moments`, merged with those that are there already: recalibration and gradient accumulation read

@@ -6,12 +6,21 @@ import pickle
 import pytest
 
 import jbn
-from tests import test_recalibrate, texts_convert, texts_core, texts_fold, texts_layers, texts_report
+from tests import (
+    test_recalibrate,
+    texts_convert,
+    texts_core,
+    texts_fold,
+    texts_layers,
+    texts_options,
+    texts_report,
+)
 from tests.cases import loosely
 
 # By what they are about: the texts, and whether Flax's own layers run before the error.
 TABLES = {
     "functions": (texts_core.TEXTS, contextlib.nullcontext),
+    "options": (texts_options.TEXTS, contextlib.nullcontext),
     "layers": (texts_layers.TEXTS, contextlib.nullcontext),
     "convert": (texts_convert.TEXTS, contextlib.nullcontext),
     "report": (texts_report.TEXTS, contextlib.nullcontext),

@@ -118,18 +118,18 @@ TEXTS = {
     ),
     "momentum too large": (
         lambda: call(momentum=1.5),
-        "jbn.batch_norm: momentum is 1.5. Expected a number from 0 to 1, or a scalar array. It "
-        "weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
+        "jbn.batch_norm: momentum is 1.5. Expected a number from 0 to 1, a scalar array, or None "
+        "(cumulative). It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
     ),
     "momentum per channel": (
         lambda: call(momentum=jnp.ones(3)),
-        "jbn.batch_norm: momentum is float32[3]. Expected a number from 0 to 1, or a scalar "
-        "array. It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
+        "jbn.batch_norm: momentum is float32[3]. Expected a number from 0 to 1, a scalar array, or "
+        "None (cumulative). It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
     ),
     "momentum of text": (
         lambda: call(momentum="0.9"),
-        "jbn.batch_norm: momentum is '0.9'. Expected a number from 0 to 1, or a scalar array. "
-        "It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
+        "jbn.batch_norm: momentum is '0.9'. Expected a number from 0 to 1, a scalar array, or None "
+        "(cumulative). It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
     ),
     "negative epsilon": (
         lambda: call(epsilon=-1.0),

@@ -113,9 +113,10 @@ TEXTS = {
     "linen: unknown override": (
         lambda: jbn.linen.replace_batch_norm(axis_nane="data").__enter__(),
         "jbn.linen.replace_batch_norm: overrides is axis_nane. Expected fields of jbn.linen.BatchNorm"
-        " (axis, axis_index_groups, axis_name, bias_init, dtype, epsilon, force_float32_reductions, "
-        "frozen, mean_init, momentum, param_dtype, scale_init, use_bias, use_fast_variance, "
-        "use_running_average, use_scale, var_init). Check the spelling.",
+        " (activation, axis, axis_index_groups, axis_name, bias_init, debias, dtype, epsilon, "
+        "force_float32_reductions, frozen, mean_init, momentum, param_dtype, renorm, scale_init, "
+        "skip_nonfinite, unbiased, use_bias, use_fast_variance, use_running_average, use_scale, "
+        "var_init, virtual_batch_size). Check the spelling.",
     ),
     "nnx: missing mode": (
         lambda: nnx_layer(use_running_average=None)(X),
@@ -177,6 +178,7 @@ TEXTS = {
         lambda: jbn.nnx.replace_batch_norm(nnx_layer(), axis_nane="data"),
         "jbn.nnx.replace_batch_norm: overrides is axis_nane. Expected settings of jbn.nnx.BatchNorm "
         "(use_running_average, axis, momentum, epsilon, dtype, axis_name, axis_index_groups, "
-        "use_fast_variance, promote_dtype, frozen). Check the spelling.",
+        "use_fast_variance, promote_dtype, frozen, unbiased, debias, skip_nonfinite, "
+        "virtual_batch_size, renorm, activation). Check the spelling.",
     ),
 }
