@@ -1,4 +1,4 @@
-"""Domain-specific batch norm, arXiv 1906.03950: the two recipes of the README need nothing new in the core."""
+"""Domain-specific batch norm, arXiv 1906.03950: the recipes of the README need nothing new in the core."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def test_a_domain_per_example(recipes):
     run = jax.jit(lambda *args: recipes["by_domain"](*args, use_running_average=False, momentum=0.0))
     y, new = run(PARAMS, STATS, X, DOMAIN)
     for index in (0, 2):
-        own = DOMAIN == index
+        own = index == DOMAIN
         alone, stats = jbn.batch_norm(PARAMS, jbn.init(3)[1], X[own], use_running_average=False, momentum=0.0)
         assert_close(y[own], alone, TOLERANCE)
         assert_close(new["mean"][index], stats["mean"], TOLERANCE)
@@ -52,7 +52,7 @@ def test_gradients_stay_in_their_domain(recipes):
 def test_a_domain_per_call(recipes):
     run = jax.jit(lambda *args: recipes["of_domain"](*args, use_running_average=False, momentum=0.0))
     for index in (0, 2):
-        x = X[DOMAIN == index]
+        x = X[index == DOMAIN]
         y, new = run(PARAMS, STATS, x, np.int32(index))
         alone, stats = jbn.batch_norm(PARAMS, jbn.init(3)[1], x, use_running_average=False, momentum=0.0)
         assert_close(y, alone, TOLERANCE)
