@@ -92,8 +92,9 @@ def used_elsewhere(x):
 def test_only_the_pair_that_does_harm_is_blamed():
     model, variables, x = net(used_elsewhere)
     wrong = "pairs is a sequence with Dense_0 -> BatchNorm_0, which moves"
+    pairs = [("Dense_0", "BatchNorm_0"), ("good", "good_norm")]
     with pytest.raises(ValueError, match=wrong) as caught:
-        fold_variables(variables, call=model.apply, x=x)
+        fold_variables(variables, pairs, call=model.apply, x=x)
     assert "good" not in str(caught.value)
     assert_folds(used_elsewhere, pairs=[("good", "good_norm")])
 
@@ -144,4 +145,4 @@ def test_nnx_folding_that_changes_the_outputs_is_refused():
             return self.bn(y) * y
 
     with pytest.raises(ValueError, match="dense -> bn, which moves outputs by"):
-        fold_variables(Wrong(nnx.Rngs(0)), x=random(4, 3))
+        fold_variables(Wrong(nnx.Rngs(0)), [("dense", "bn")], x=random(4, 3))

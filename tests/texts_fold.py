@@ -140,7 +140,7 @@ TEXTS = {
     ),
     "values too large for their dtype": (
         lambda: out_of_range_of_float16(1e-12),
-        "jbn.tools.fold_variables: pairs is a sequence with a -> b, which moves outputs by nan of the "
+        "jbn.tools.fold_variables: pairs is a sequence with a -> b, which moves outputs by inf of the "
         "largest. Expected at most 3.9e-03. " + MOVED_FIX,
     ),
     "values too small for their dtype": (

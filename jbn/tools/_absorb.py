@@ -43,10 +43,21 @@ def folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
     for pair in pairs:
         with naming(f"jbn.{FOLD_VARIABLES} {pair.name!r}"):
             layer, norm = _absorbed(layers[pair.layer], norms[pair.norm], pair.epsilon, pair.axis)
-        _put(trees["params"], pair.layer, layer)
-        _put(trees["params"], pair.norm, norm.params)
-        _put(trees["batch_stats"], pair.norm, norm.batch_stats)
-    new: Model = rebuilt(variables, params=trees["params"], batch_stats=trees["batch_stats"])
+        _put(trees, pair.layer, params=layer)
+        _put(trees, pair.norm, **norm._asdict())
+    return _rebuilt(variables, trees)
+
+
+def with_norm(variables: Model, path: Path, norm: Layer) -> Model:
+    """The model with other values in one batch norm."""
+    trees = collections(FOLD_VARIABLES, variables)
+    _put(trees, path, **norm._asdict())
+    return _rebuilt(variables, trees)
+
+
+def _rebuilt(variables: Model, trees: Mapping[str, Any]) -> Model:
+    changed = {name: trees[name] for name in ("params", "batch_stats") if name in trees}
+    new: Model = rebuilt(variables, **changed)
     return new
 
 
@@ -96,6 +107,7 @@ def _absorbed(
     return new, Layer(params, {**norm.batch_stats, "mean": mean, "var": var})
 
 
-def _put(tree: Any, path: Path, values: Mapping[str, Array]) -> None:
-    for name, value in values.items():
-        functools.reduce(lambda node, key: node[key], path, tree)[name] = value
+def _put(trees: Any, path: Path, **collections: Mapping[str, Array]) -> None:
+    for collection, values in collections.items():
+        for name, value in values.items():
+            functools.reduce(lambda node, key: node[key], path, trees[collection])[name] = value

@@ -1,15 +1,14 @@
 """Folding in a model: pairs are found or named, every batch norm goes into its layer, and that is proved."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
 
 from jbn._types import Axes
-from jbn.tools._absorb import FOLD_VARIABLES, Model, Pair, folded_model, layers_and_norms
+from jbn.tools._absorb import FOLD_VARIABLES, Model, Pair, layers_and_norms
 from jbn.tools._find import calls_of, found_pairs, kernel_axes, named_pairs
-from jbn.tools._prove import outputs_of, outputs_of_pairs, prove
+from jbn.tools._prove import proved
 
 
 def fold_variables(
@@ -38,11 +37,13 @@ def fold_variables(
     and batch norms that run more than once or share weights, or that `nn.scan` or `nn.vmap` stacks, layers
     whose output a second of them takes, batch norms over other axes, and pairs that `jit` parts.
 
-    The proof: `call` is evaluated on random normal input like x before and after, at full matrix precision.
-    No output may move by more than 1e-5 of the largest one, or 4 epsilons of the coarsest dtype that the
-    layers store or compute in. Without `call` each pair is proved by itself: the kernel is contracted with
-    random patches, and batch norm follows. That cannot show that a layer's output is used elsewhere too, or
-    that epsilon is another.
+    The proof: `call` is evaluated on random input like x before and after, at full matrix precision. No
+    output may move by more than 1e-5 of the largest one, or 4 epsilons of the coarsest dtype that the layers
+    store or compute in. And it must move by more if a batch norm gets other values, or else the outputs do
+    not show the pair, and prove nothing. Of the pairs found, those not proved are printed and left out.
+
+    Without `call` each pair is proved by itself: the kernel is contracted with random patches, and batch norm
+    follows. That cannot show that a layer's output is used elsewhere too, or that epsilon is another.
 
     Args:
       variables: linen variables, `{"params": ..., "batch_stats": ...}`, or an NNX module. Never written. The
@@ -50,7 +51,8 @@ def fold_variables(
       pairs: of the paths of a layer and of its batch norm, each like "block/Conv_0" or ("block", "Conv_0").
       call: the model in evaluation, such as `lambda variables, x: model.apply(variables, x, train=False)`.
         An NNX module is put into evaluation mode before, and if there is an x, is itself the default.
-      x: an example input of `call`, an array or a tree of them; what floating leaves hold does not matter.
+      x: an example input of `call`, an array or a tree of them. What floating leaves hold does not matter;
+        integers are drawn from the range of a leaf, or, where all are the same, from 0 up.
       epsilon: that of the batch norms which `call` did not run; the others know theirs.
       axis: as in `fold`, for layers which `call` did not run.
 
@@ -58,7 +60,8 @@ def fold_variables(
       variables of the same structure, or a new NNX module.
 
     Raises:
-      ValueError: pairs that the model does not have, that do not fit, or whose folding changes the outputs.
+      ValueError: pairs that the model does not have or that do not fit; named pairs whose folding changes the
+        outputs, or that the outputs do not show; a `call` without floating outputs.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.tools
@@ -83,11 +86,7 @@ def fold_variables(
     epsilons = {seen.path: float(seen.module.epsilon) for seen in calls if seen.is_norm}
     axes = {seen.path: kernel_axes(seen.module) for seen in calls if not seen.is_norm}
     chosen = [Pair(a, b, epsilons.get(b, epsilon), axes.get(a, static)) for a, b in paths]
-    new = folded_model(variables, chosen)
-    if chosen:
-        outputs = functools.partial(outputs_of_pairs, chosen) if call is None else outputs_of(call, x)
-        prove(chosen, variables, new, outputs, {seen.y.dtype for seen in calls})
-    return new
+    return proved(variables, chosen, call, x, {seen.y.dtype for seen in calls}, found=pairs is None)
 
 
 def _itself(model: Any, x: Any) -> Any:
