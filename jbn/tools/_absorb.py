@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jbn._checks import naming
 from jbn._measure import inverse_deviation
-from jbn._types import Axes, wide
+from jbn._types import Axes, Dtype, wide
 from jbn.tools._fold import check_fold, folded, stored, times
 from jbn.tools._trees import Layer, Path, Variables, batch_norms, collections, dotted, rebuilt
 
@@ -33,7 +33,12 @@ class Pair(NamedTuple):
     @property
     def name(self) -> str:
         """The pair for people."""
-        return f"{dotted(self.layer)} -> {dotted(self.norm)}"
+        return f"{shown(self.layer)} -> {shown(self.norm)}"
+
+
+def shown(path: Path) -> str:
+    """A path for people, also that of the model itself."""
+    return dotted(path) or "the model itself"
 
 
 def folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
@@ -98,13 +103,20 @@ def _absorbed(
     kernel, offset = folded(kernel, bias, inner, norm.batch_stats, epsilon, axes)
     new = {"kernel": stored(kernel, layer["kernel"].dtype)}
     if bias is not None:
-        new["bias"] = stored(offset, bias.dtype)
-        offset = jnp.zeros_like(offset)
+        new["bias"], offset = _held(offset, bias.dtype)
     if "bias" in params:
-        params["bias"] = stored(times(offset, step), params["bias"].dtype)
-        offset = jnp.zeros_like(offset)
+        params["bias"], left = _held(times(offset, step), params["bias"].dtype)
+        offset = times(left, 1 / step)
     mean = stored(jnp.zeros_like(offset) - offset, norm.batch_stats["mean"].dtype)
     return new, Layer(params, {**norm.batch_stats, "mean": mean, "var": var})
+
+
+def _held(offset: Array, dtype: Dtype) -> tuple[Array, Array]:
+    """What an entry of this dtype takes of the offset, and what is left: a real one takes nothing complex."""
+    nothing = jnp.zeros_like(offset)
+    if jnp.iscomplexobj(offset) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        return nothing.real.astype(dtype), offset
+    return offset.astype(dtype), nothing
 
 
 def _put(trees: Any, path: Path, **collections: Mapping[str, Array]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from jaxtyping import Array
 from numpy.lib.array_utils import normalize_axis_tuple
 
@@ -68,6 +69,7 @@ def fold(
 
     Reference: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
     """
+    kernel, bias, params, batch_stats = meta.unbox((kernel, bias, params, batch_stats))
     params = {} if params is None else params
     kernel, axes = check_fold(kernel, bias, params, batch_stats, epsilon, axis)
     new_kernel, new_bias = folded(kernel, bias, params, batch_stats, float(epsilon), axes)
