@@ -1,4 +1,4 @@
-"""Folding where values are boxed or complex: structure and dtypes stay."""
+"""Folding where values are boxed, complex or at the root of a model: structure and dtypes stay."""
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ from flax.core import meta
 
 from jbn.tools import fold, fold_variables
 from tests.cases import assert_close, assert_trees_close
-from tests.folding import EPSILON, arrays, net, random
+from tests.folding import EPSILON, arrays, net, norm, random
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 
@@ -46,3 +46,13 @@ def test_a_real_bias_stays_real_in_a_complex_model(use_bias):
     for old, new in zip(jax.tree.leaves(variables), jax.tree.leaves(folded), strict=True):
         assert old.dtype == new.dtype
     assert_close(model.apply(folded, x), model.apply(variables, x), 1e-5)
+
+
+def test_a_batch_norm_that_is_the_model(capsys):
+    model, x = norm(), random(4, 3)
+    variables = {
+        "params": {"scale": jnp.ones(3), "bias": jnp.ones(3)},
+        "batch_stats": {"mean": jnp.ones(3), "var": jnp.ones(3)},
+    }
+    fold_variables(variables, call=model.apply, x=x)
+    assert capsys.readouterr().out == "no layer found for: the model itself\n"

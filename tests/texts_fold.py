@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 
 from jbn.tools import fold, fold_variables
@@ -23,6 +24,12 @@ MOVED_FIX = (
     "Leave the pair out: something else uses the layer's output too, or stands between it and the batch "
     "norm, or its epsilon is another, or the new values do not fit their dtype."
 )
+
+
+PAIRS_TEXT = (
+    "Expected pairs of a layer and a batch norm. For example [('block/Conv_0', 'block/BatchNorm_0')]."
+)
+ONE_X = np.ones((1, 1), np.float32)
 
 
 def stacked_model():
@@ -74,7 +81,7 @@ TEXTS = {
     ),
     "the wrong axis": (
         lambda: fold(KERNEL, BIAS, PARAMS, STATS, axis=-2),
-        "jbn.tools.fold: params['scale'] is float32[4]. Expected shape (3,), that of axis -2 of kernel = "
+        "jbn.tools.fold: params['bias'] is float32[4]. Expected shape (3,), that of axis -2 of kernel = "
         "float32[3,4]. " + SIZE_FIX,
     ),
     "a bias of another size": (
@@ -101,6 +108,43 @@ TEXTS = {
         lambda: fold_variables(ONE_MODEL, ("a", "b")),
         "jbn.tools.fold_variables: pairs is a sequence with 'a'. Expected pairs of a layer and a batch norm. "
         "For example [('block/Conv_0', 'block/BatchNorm_0')].",
+    ),
+    "pairs that are none": (
+        lambda: fold_variables(ONE_MODEL, 3),
+        f"jbn.tools.fold_variables: pairs is 3. {PAIRS_TEXT}",
+    ),
+    "a pair of numbers": (
+        lambda: fold_variables(ONE_MODEL, [(1, 2)]),
+        f"jbn.tools.fold_variables: pairs is a sequence with (1, 2). {PAIRS_TEXT}",
+    ),
+    "a number as a pair": (
+        lambda: fold_variables(ONE_MODEL, [3]),
+        f"jbn.tools.fold_variables: pairs is a sequence with 3. {PAIRS_TEXT}",
+    ),
+    "a call that is none": (
+        lambda: fold_variables(ONE_MODEL, call=3, x=ONE_X),
+        "jbn.tools.fold_variables: call is 3. Expected a function of variables and x. For example lambda "
+        "variables, x: model.apply(variables, x, train=False).",
+    ),
+    "inside of jit": (
+        lambda: jax.jit(functools.partial(fold_variables, pairs=[("a", "b")]))(ONE_MODEL),
+        "jbn.tools.fold_variables: variables is one with a traced float32[1]. Expected values, which the "
+        "proof needs. Call it outside of jit, grad and scan.",
+    ),
+    "an x inside of jit": (
+        lambda: jax.jit(lambda x: fold_variables(ONE_MODEL, call=lambda variables, x: x, x=x))(ONE_X),
+        "jbn.tools.fold_variables: x is one with a traced float32[1,1]. Expected values, which the proof "
+        "needs. Call it outside of jit, grad and scan.",
+    ),
+    "an x of Python's numbers": (
+        lambda: fold_variables(ONE_MODEL, call=lambda variables, x: x, x=[1.0, 2.0]),
+        "jbn.tools.fold_variables: x is a tree with 1.0. Expected a tree of arrays. Convert it: jnp.asarray.",
+    ),
+    "another batch norm than the model itself": (
+        lambda: fold_variables({"params": ONE, "batch_stats": ONE_STATS}, [("", "b")]),
+        "jbn.tools.fold_variables: pairs is a sequence with the batch norm 'b'. Expected a batch norm of the "
+        "model: the model itself. Paths are those of the variables; a shared NNX module has the first of its "
+        "paths.",
     ),
     "a layer that is none": (
         lambda: fold_variables(ONE_MODEL, [("b", "b")]),

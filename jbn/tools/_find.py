@@ -18,6 +18,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 import jbn.linen
 import jbn.nnx
 from jbn._checks import error
+from jbn._types import describe
+from jbn.tools._absorb import shown
 from jbn.tools._trees import Layer, Path, Variables, dotted
 
 _LAYERS: tuple[Any, ...] = (
@@ -111,8 +113,8 @@ def found_pairs(
         if once and _on_output_channels(norm, layer) and _fit(norm, layer, layers, norms):
             pairs.append((layer.path, norm.path))
     for pair in pairs:
-        print(" -> ".join(map(dotted, pair)))  # noqa: T201 - asked for: what was found
-    if left := [dotted(path) for path in norms if path not in {norm for _, norm in pairs}]:
+        print(" -> ".join(map(shown, pair)))  # noqa: T201 - asked for: what was found
+    if left := [shown(path) for path in norms if path not in {norm for _, norm in pairs}]:
         print(f"no layer found for: {', '.join(left)}")  # noqa: T201 - and what was not
     return pairs
 
@@ -184,19 +186,21 @@ def _recording_class(kind: Any, path: Any, record: Callable[..., Any]) -> type:
 
 
 def named_pairs(
-    name: str, pairs: Sequence[Any], layers: Iterable[Path], norms: Iterable[Path]
+    name: str, pairs: Any, layers: Iterable[Path], norms: Iterable[Path]
 ) -> list[tuple[Path, Path]]:
     """The pairs that the caller named, as paths of the model; each layer and batch norm once."""
+    expected = "pairs of a layer and a batch norm"
+    example = "For example [('block/Conv_0', 'block/BatchNorm_0')]."
+    if not isinstance(pairs, Iterable):
+        raise error(name, "pairs", describe(pairs), expected, example)
     found = []
     for pair in pairs:
-        if isinstance(pair, str) or len(pair) != 2:
-            example = "For example [('block/Conv_0', 'block/BatchNorm_0')]."
-            raise error(
-                name, "pairs", f"a sequence with {pair!r}", "pairs of a layer and a batch norm", example
-            )
+        parts = pair if isinstance(pair, (tuple, list)) else ()
+        if len(parts) != 2 or not all(isinstance(part, (str, tuple, list)) for part in parts):
+            raise error(name, "pairs", f"a sequence with {pair!r}", expected, example)
         found.append((_known(name, pair[0], layers, "layer"), _known(name, pair[1], norms, "batch norm")))
     times = Counter(path for pair in found for path in pair)
-    if twice := [dotted(path) for path, count in times.items() if count > 1]:
+    if twice := [shown(path) for path, count in times.items() if count > 1]:
         raise error(
             name,
             "pairs",
@@ -215,7 +219,7 @@ def _known(name: str, given: Any, paths: Iterable[Path], kind: str) -> Path:
             name,
             "pairs",
             f"a sequence with the {kind} {written!r}",
-            f"a {kind} of the model: {', '.join(known) or 'it has none'}",
+            f"a {kind} of the model: {', '.join(map(shown, known.values())) or 'it has none'}",
             "Paths are those of the variables; a shared NNX module has the first of its paths.",
         )
     return known[written]

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
-from jbn._types import Axes
+from jbn._checks import error
+from jbn._types import Axes, describe
 from jbn.tools._absorb import FOLD_VARIABLES, Model, Pair, layers_and_norms
 from jbn.tools._find import calls_of, found_pairs, kernel_axes, named_pairs
 from jbn.tools._prove import proved
+from jbn.tools._trees import Variables, collections
 
 
 def fold_variables(
@@ -28,7 +31,8 @@ def fold_variables(
     - The batch norm still divides by sqrt(1 + epsilon). Its scale becomes that, and without a scale the
       kernel and bias of the layer are multiplied by it. The variance is 1.
     - A layer without bias, such as `Conv(use_bias=False)`, cannot take the offset. It stays in the batch
-      norm: in its bias, or without one in its mean.
+      norm: in its bias, or without one in its mean. A real bias takes no complex offset either.
+    - All keep their dtypes, but for a real kernel whose batch norm has a complex scale.
 
     With pairs=None they are found: `call(variables, x)` is traced, nothing is computed, and a batch norm
     belongs to the layer whose output is its input, with nothing between. Each pair found is printed, and
@@ -74,6 +78,7 @@ def fold_variables(
 
     Reference: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
     """
+    _check(variables, call, x)
     if call is None and x is not None and isinstance(variables, nnx.Module):
         call = _itself
     calls = [] if call is None else calls_of(FOLD_VARIABLES, call, variables, x)
@@ -87,6 +92,23 @@ def fold_variables(
     axes = {seen.path: kernel_axes(seen.module) for seen in calls if not seen.is_norm}
     chosen = [Pair(a, b, epsilons.get(b, epsilon), axes.get(a, static)) for a, b in paths]
     return proved(variables, chosen, call, x, {seen.y.dtype for seen in calls}, found=pairs is None)
+
+
+def _check(variables: Variables, call: Any, x: Any) -> None:
+    """A function to call, and values: what is traced has none, and what is no array has no dtype."""
+    if call is not None and not callable(call):
+        fix = "For example lambda variables, x: model.apply(variables, x, train=False)."
+        raise error(FOLD_VARIABLES, "call", describe(call), "a function of variables and x", fix)
+    leaves = {"variables": jax.tree.leaves(collections(FOLD_VARIABLES, variables)), "x": jax.tree.leaves(x)}
+    for argument, values in leaves.items():
+        for value in values:
+            if isinstance(value, jax.core.Tracer):
+                fix = "Call it outside of jit, grad and scan."
+                got = f"one with a traced {describe(value)}"
+                raise error(FOLD_VARIABLES, argument, got, "values, which the proof needs", fix)
+            if not hasattr(value, "dtype"):
+                got = f"a tree with {describe(value)}"
+                raise error(FOLD_VARIABLES, argument, got, "a tree of arrays", "Convert it: jnp.asarray.")
 
 
 def _itself(model: Any, x: Any) -> Any:
