@@ -9,6 +9,7 @@ import jbn
 from tests import (
     test_recalibrate,
     texts_convert,
+    texts_convert_values,
     texts_core,
     texts_fold,
     texts_layers,
@@ -23,6 +24,7 @@ TABLES = {
     "options": (texts_options.TEXTS, contextlib.nullcontext),
     "layers": (texts_layers.TEXTS, contextlib.nullcontext),
     "convert": (texts_convert.TEXTS, contextlib.nullcontext),
+    "convert values": (texts_convert_values.TEXTS, contextlib.nullcontext),
     "report": (texts_report.TEXTS, contextlib.nullcontext),
     "fold": (texts_fold.TEXTS, loosely),
     "recalibrate": (test_recalibrate.TEXTS, loosely),

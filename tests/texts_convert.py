@@ -29,7 +29,7 @@ LEAVE = "Leave out what has no counterpart, once you know that nothing is lost w
 TEXTS = {
     "no mapping": (
         lambda: from_torch([VECTOR]),
-        "jbn.tools.from_torch: state is [array([0., 0., 0.], dtype=float32)]. Expected a mapping with weight, bias, "
+        "jbn.tools.from_torch: state is a list of 1. Expected a mapping with weight, bias, "
         f"running_mean, running_var, num_batches_tracked. {BN}",
     ),
     "no statistics": (

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 from jax import lax
 from jaxtyping import Array
 
 from jbn._checks import error
 from jbn._types import BatchStats, Params, describe, wide
-from jbn.tools._libraries import Library, check_names, check_together
+from jbn.tools._libraries import Library, brief, check_names, check_together
 
 
 def read(call: str, library: Library, given: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -23,8 +24,8 @@ def read(call: str, library: Library, given: Mapping[str, Any]) -> tuple[dict[st
     names = library.names
     required = [names[name] for name in ("mean", "var")]
     check_names(call, "state", given, required, names.values(), library.reading)
-    arrays = {name: to_numpy(given[theirs]) for name, theirs in names.items() if theirs in given}
-    labels = {name: label_of(names[name]) for name in arrays}
+    labels = {name: label_of(theirs) for name, theirs in names.items() if theirs in given}
+    arrays = {name: to_numpy(call, label, given[names[name]]) for name, label in labels.items()}
     _check_arrays(call, labels, arrays, library.reading)
     if "count" in arrays:
         arrays["count"] = arrays["count"].astype(np.int32)
@@ -44,8 +45,8 @@ def write(
     check_names(call, "batch_stats", batch_stats, required, statistics, library.writing)
     check_together(call, "params", params, library.together)
     given = {**params, **batch_stats}
-    arrays = {name: to_numpy(given[name]) for name in names if name in given}
-    labels = {n: f"{'params' if n in params else 'batch_stats'}[{n!r}]" for n in arrays}
+    labels = {n: f"{'params' if n in params else 'batch_stats'}[{n!r}]" for n in names if n in given}
+    arrays = {name: to_numpy(call, label, given[name]) for name, label in labels.items()}
     _check_arrays(call, labels, arrays, library.writing)
     return {names[name]: array for name, array in arrays.items()}
 
@@ -66,13 +67,20 @@ def _check_arrays(call: str, labels: Mapping[str, str], arrays: Mapping[str, np.
             raise error(call, labels[name], got, expected, fix)
 
 
-def to_numpy(value: Any) -> np.ndarray:
-    """A copy as a NumPy array: whoever trains a tensor in place does not change it."""
-    if callable(getattr(value, "detach", None)):  # a PyTorch tensor
-        value = value.detach().cpu()
+def to_numpy(call: str, label: str, value: Any) -> np.ndarray:
+    """A copy as a NumPy array, out of its box if any: whoever trains a tensor in place does not change it."""
+    value = meta.unbox(value)
+    try:
+        return _copied(value.detach().cpu() if callable(getattr(value, "detach", None)) else value)
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
+        fix = "Call it outside of jit, and not on tensors without data."
+        raise error(call, label, brief(value), "an array that can be read", fix) from None
+
+
+def _copied(value: Any) -> np.ndarray:
     try:
         return np.asarray(value).copy()
-    except TypeError:  # a dtype that NumPy lacks: bfloat16
+    except TypeError:  # a dtype of PyTorch that NumPy lacks: bfloat16
         return np.asarray(jax.dlpack.from_dlpack(value.contiguous())).copy()
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jbn._checks import error
-from jbn._types import BatchStats, Params
-from jbn.tools._arrays import label_of, read, to_jax, weight_of_updates, write
+from jbn._types import BatchStats, Params, describe
+from jbn.tools._arrays import label_of, read, to_jax, to_numpy, weight_of_updates, write
 from jbn.tools._libraries import EQUINOX, check_names
 
 
@@ -55,9 +55,13 @@ def from_equinox(state: Mapping[str, Any], *, momentum: float) -> tuple[dict[str
     """
     call = "tools.from_equinox"
     given = {k: v for k, v in state.items() if v is not None} if isinstance(state, Mapping) else state
-    required = ("mean", "var", "first_time" if "first_time" in given else "counter")
+    by_time = isinstance(given, dict) and "first_time" in given
+    required = ("mean", "var", "first_time" if by_time else "counter")
     check_names(call, "state", given, required, ("weight", "bias", *required), EQUINOX.reading)
-    if given.pop("first_time", False):
+    first = to_numpy(call, "state['first_time']", given.pop("first_time", False))
+    if first.dtype != bool or first.shape:
+        raise error(call, "state['first_time']", describe(first), "one bool", EQUINOX.reading)
+    if first:
         fix = "Before the first batch a layer in mode='ema' has no statistics: start from jbn.init."
         raise error(call, "state['first_time']", "True", "a layer that has seen a batch", fix)
     params, batch_stats = read(call, EQUINOX, given)

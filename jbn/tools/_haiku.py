@@ -53,10 +53,11 @@ def from_haiku(
     """
     call, ema = "tools.from_haiku", ("hidden", "average", "counter")
     check_names(call, "params", params, (), ("scale", "offset"), HAIKU.reading)
-    given = {f"params/{name}": _flat(value) for name, value in params.items()}
+    named = {f"params/{name}": value for name, value in params.items()}
     for argument, part in (("mean_ema", mean_ema), ("var_ema", var_ema)):
         check_names(call, argument, part, ema, ema, HAIKU.reading)
-        given |= {f"{argument}/{name}": _flat(part[name]) for name in ("average", "counter")}
+        named |= {f"{argument}/{name}": part[name] for name in ("average", "counter")}
+    given = {name: _flat(call, name, value) for name, value in named.items()}
     counter, other = given["mean_ema/counter"], given.pop("var_ema/counter")
     if not np.array_equal(counter, other):
         expected = f"that of mean_ema, {counter}"
@@ -100,9 +101,10 @@ def to_haiku(
     """
     call = "tools.to_haiku"
     arrays = write(call, HAIKU, params, batch_stats)
-    if not -ndim <= axis < ndim:
+    integers = all(isinstance(value, (int, np.integer)) for value in (ndim, axis))
+    if not integers or not -ndim <= axis < ndim:
         fix = "For NHWC pass ndim=4 and axis=-1, for NCHW ndim=4 and axis=1."
-        raise error(call, "axis", f"{axis} with ndim={ndim}", "an axis of the layer's inputs", fix)
+        raise error(call, "axis", f"{axis} with ndim={ndim!r}", "an axis of the layer's inputs", fix)
     shape = [-1 if index == axis % ndim else 1 for index in range(ndim)]
     counter = jnp.asarray(arrays.pop("mean_ema/counter").astype(np.int32))
     new = {name: to_jax(call, label_of(name), array.reshape(shape)) for name, array in arrays.items()}
@@ -114,7 +116,7 @@ def to_haiku(
     return {name.removeprefix("params/"): array for name, array in new.items()}, emas[0], emas[1]
 
 
-def _flat(value: Any) -> np.ndarray:
+def _flat(call: str, name: str, value: Any) -> np.ndarray:
     """[C] of [1, .., 1, C] or [1, C, 1, .., 1]; anything else as it is."""
-    array = to_numpy(value)
+    array = to_numpy(call, label_of(name), value)
     return array.reshape(-1) if array.ndim and sum(size != 1 for size in array.shape) <= 1 else array

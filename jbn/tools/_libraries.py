@@ -79,12 +79,19 @@ EQUINOX = Library(
 LIBRARIES = {"torch": TORCH, "keras": KERAS, "haiku": HAIKU, "equinox": EQUINOX}
 
 
+def brief(value: Any) -> str:
+    """`describe`, but of a container, which may hold whole arrays, its type and length."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return describe(value)
+
+
 def check_names(
     call: str, argument: str, given: Any, required: Collection[str], allowed: Collection[str], fix: str
 ) -> None:
     """A mapping with all that is required and nothing that is not allowed; otherwise every name is said."""
     if not isinstance(given, Mapping):
-        raise error(call, argument, describe(given), f"a mapping with {', '.join(allowed)}", fix)
+        raise error(call, argument, brief(given), f"a mapping with {', '.join(allowed)}", fix)
     unknown = [str(name) for name in given if name not in allowed]
     missing = [name for name in required if name not in given]
     found = [f"with the unknown {', '.join(unknown)}"] if unknown else []

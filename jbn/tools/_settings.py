@@ -1,5 +1,6 @@
 """One layer's settings, from and to those of other libraries, as keyword arguments."""
 
+import re
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
@@ -12,7 +13,9 @@ from jbn.tools._libraries import LIBRARIES, Library, check_names, check_together
 
 _OUR_SETTINGS = {"axis": -1, "momentum": 0.99, "epsilon": 1e-5, "use_scale": True, "use_bias": True}
 _NO_COUNTERPART = "Leave out what has no counterpart, once you know that nothing is lost with it."
+_NOTHING_ELSE = "Anything else has no counterpart."
 _AXES = {"channels_last": -1, "channels_first": 1}
+_FORMATS = {"channels_first|NC[^C]*": 1, "channels_last|N[^C]*C|(BT|TB)[^D]*D": -1}  # all that Haiku knows
 
 
 def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
@@ -22,7 +25,8 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
       None, the cumulative average, stays None (it is not 0).
     - "keras": axis=-1, momentum=0.99, epsilon=1e-3, scale=True, center=True.
     - "haiku": decay_rate, create_scale, create_offset, eps=1e-5, cross_replica_axis=None,
-      cross_replica_axis_index_groups=None, data_format="channels_last". decay_rate is momentum here.
+      cross_replica_axis_index_groups=None, data_format="channels_last", or letters such as "NHWC".
+      decay_rate is momentum here.
     - "equinox": axis_name, mode, momentum=0.99, eps=1e-5, channelwise_affine=True. Only mode="batch" has a
       counterpart: "ema" normalizes by the running statistics in training too.
 
@@ -50,10 +54,12 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
     required = [name for name, (_, default) in table.items() if default is ...]
     check_names(call, "theirs", theirs, required, table, _NO_COUNTERPART)
     ours = {key: theirs.get(name, default) for name, (key, default) in table.items()}
+    if library == "haiku":
+        ours["axis"] = _feature_axis(call, ours["axis"])
+    for name, (key, _) in table.items():
+        _check_value(call, name, key, ours[key])
     if library == "torch":
         ours["use_bias"] = ours["use_scale"] and ours["use_bias"]
-    if library == "haiku":
-        ours["axis"] = _one_of(call, "data_format", ours["axis"], _AXES)
     if library == "equinox":
         _one_of(call, "mode", ours.pop("mode"), {"batch": None})
         ours["use_bias"] = ours["use_scale"]
@@ -88,6 +94,8 @@ def settings_to(library: str, /, **ours: Any) -> dict[str, Any]:
     required = ["axis_name"] if library == "equinox" else []
     check_names(call, "ours", ours, required, sorted(keys), _NO_COUNTERPART)
     full = {key: ours.get(key, _OUR_SETTINGS.get(key)) for key in keys}
+    for key, value in full.items():
+        _check_value(call, key, key, value)
     affine = [name for name in ("scale", "bias") if full[f"use_{name}"]]
     check_together(call, "ours", affine, described.together)
     if library == "haiku":
@@ -99,8 +107,8 @@ def settings_to(library: str, /, **ours: Any) -> dict[str, Any]:
     return theirs
 
 
-def _described(call: str, library: str) -> Library:
-    if library not in LIBRARIES:
+def _described(call: str, library: Any) -> Library:
+    if not isinstance(library, str) or library not in LIBRARIES:
         raise error(call, "library", repr(library), ", ".join(LIBRARIES), "Name one of these.")
     return LIBRARIES[library]
 
@@ -109,15 +117,37 @@ def _momentum(call: str, library: str, value: Any) -> float | None:
     """Theirs from ours or ours from theirs: the same but for PyTorch, whose weighs the new batch."""
     if library == "torch" and value is None:
         return None
-    if not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
+    if not _is_number(value) or not 0 <= value <= 1:
         fix = "Schedules have no counterpart, and None, the cumulative average, is for torch only."
         raise error(call, "momentum", describe(value), "a number from 0 to 1", fix)
     # As decimals: binary floats would make 0.09999999999999998 of 0.9.
     return float(1 - Decimal(str(value)) if library == "torch" else value)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def _check_value(call: str, name: str, key: str, value: Any) -> None:
+    """A setting that is ours by that key, and given by that name, is of the right kind."""
+    fix = "Pass that of the layer."
+    if key == "epsilon" and not (_is_number(value) and 0 <= value < np.inf):
+        raise error(call, name, describe(value), "a number from 0 up", "The usual one is 1e-5.")
+    if key in ("use_scale", "use_bias") and not isinstance(value, (bool, np.bool_)):
+        raise error(call, name, describe(value), "True or False", fix)
+    if key == "axis" and not isinstance(value, (int, np.integer)):
+        raise error(call, name, describe(value), "an integer", fix)
+
+
+def _feature_axis(call: str, data_format: Any) -> int:
+    for pattern, axis in _FORMATS.items():
+        if isinstance(data_format, str) and re.fullmatch(pattern, data_format):
+            return axis
+    expected = "'channels_last' or 'channels_first', or letters such as 'NHWC' or 'NC...'"
+    raise error(call, "data_format", repr(data_format), expected, _NOTHING_ELSE)
+
+
 def _one_of(call: str, argument: str, value: Any, known: Mapping[Any, Any]) -> Any:
-    if value not in known:
-        fix = "Anything else has no counterpart."
-        raise error(call, argument, repr(value), " or ".join(map(repr, known)), fix)
+    if value not in list(known):
+        raise error(call, argument, repr(value), " or ".join(map(repr, known)), _NOTHING_ELSE)
     return known[value]

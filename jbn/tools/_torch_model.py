@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jbn._checks import error, naming
 from jbn._types import describe
 from jbn.tools._arrays import to_jax, to_numpy
+from jbn.tools._libraries import brief
 from jbn.tools._torch import from_torch, to_torch
 from jbn.tools._trees import Path, Variables, collections, dotted
 
@@ -36,8 +37,8 @@ def from_torch_state_dict(state_dict: Mapping[str, Any], mapping: ModuleMapping)
     - `Conv(padding=1)` in PyTorch pads both sides by 1; with strides, Flax's "SAME" does not.
     - epsilon and momentum: `settings_from`.
     - A Dense behind a flattened image: PyTorch flattens [C, H, W], Flax [H, W, C]. Move the channels first.
-    - ConvTranspose and Embedding are not converted, and cannot be told from Conv and Dense by their arrays:
-      do not map them.
+    - ConvTranspose, Embedding and DenseGeneral are not converted, and cannot always be told from Conv and
+      Dense by their arrays: do not map them.
 
     Args:
       state_dict: tensors of any dtype and device, or arrays.
@@ -74,9 +75,12 @@ def from_torch_state_dict(state_dict: Mapping[str, Any], mapping: ModuleMapping)
     """
     call = "tools.from_torch_state_dict"
     paths = _paths(call, mapping)
+    fix = "Pass model.state_dict()."
     if not isinstance(state_dict, Mapping):
-        fix = "Pass model.state_dict()."
-        raise error(call, "state_dict", describe(state_dict), "a mapping of names to arrays", fix)
+        raise error(call, "state_dict", brief(state_dict), "a mapping of names to arrays", fix)
+    if wrong := [repr(key) for key in state_dict if not isinstance(key, str)]:
+        expected = "names of arrays such as 'fc.weight'"
+        raise error(call, "state_dict", f"one with {', '.join(wrong)}", expected, fix)
     modules: dict[str, dict[str, Any]] = {}
     for key, value in state_dict.items():
         prefix, _, name = key.rpartition(".")
@@ -85,9 +89,15 @@ def from_torch_state_dict(state_dict: Mapping[str, Any], mapping: ModuleMapping)
     _check_covered(call, "state_dict", left, [prefix for prefix in paths if prefix not in modules])
     flat: dict[str, dict[Path, Any]] = {"params": {}, "batch_stats": {}}
     for prefix, path in paths.items():
-        with naming(f"module {prefix!r}"):
+        with naming(f"jbn.{call} module {prefix!r}"):
             for collection, arrays in _from_module(call, modules[prefix]).items():
                 flat[collection] |= {(*path, name): array for name, array in arrays.items()}
+    taken = {full for tree in flat.values() for full in tree}
+    inside = [path for path in paths.values() if any(path[:n] in taken for n in range(len(path) + 1))]
+    if inside:
+        expected = "paths of modules, and none inside of an array"
+        fix = "Each module has a path of its own."
+        raise error(call, "mapping", f"one with {', '.join(map(dotted, inside))}", expected, fix)
     return {collection: unflatten_dict(leaves) for collection, leaves in flat.items() if leaves}
 
 
@@ -132,7 +142,7 @@ def torch_state_dict(variables: Variables, mapping: ModuleMapping) -> dict[str, 
     _check_covered(call, "variables", left, [dotted(path) for path in paths.values() if path not in modules])
     state_dict: dict[str, np.ndarray] = {}
     for prefix, path in paths.items():
-        with naming(f"module {dotted(path)!r}"):
+        with naming(f"jbn.{call} module {prefix!r}"):
             arrays = _to_module(call, **modules[path])
         state_dict |= {f"{prefix}.{name}" if prefix else name: array for name, array in arrays.items()}
     return state_dict
@@ -143,8 +153,8 @@ def _from_module(call: str, arrays: Mapping[str, Any]) -> dict[str, Mapping[str,
     if "running_mean" in arrays or "running_var" in arrays:
         params, batch_stats = from_torch(arrays)
         return {"params": params, "batch_stats": batch_stats}
-    host = {name: to_numpy(array) for name, array in arrays.items()}
-    _check_kernel(call, "state_dict", "weight", host)
+    host = {name: to_numpy(call, name, array) for name, array in arrays.items()}
+    _check_kernel(call, "state_dict", "weight", host, 0)
     kernel = host.pop("weight")
     host["kernel"] = kernel.transpose(*range(2, kernel.ndim), 1, 0)
     return {"params": {name: to_jax(call, name, np.array(host[name], order="C")) for name in sorted(host)}}
@@ -154,33 +164,37 @@ def _to_module(call: str, params: Mapping[str, Any], batch_stats: Mapping[str, A
     """One module's state_dict."""
     if batch_stats:
         return to_torch(params, batch_stats)
-    host = {name: to_numpy(array) for name, array in params.items()}
-    _check_kernel(call, "params", "kernel", host)
+    host = {name: to_numpy(call, name, array) for name, array in params.items()}
+    _check_kernel(call, "params", "kernel", host, -1)
     kernel = host.pop("kernel")
     back = kernel.transpose(kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2))
     return {"weight": np.array(back, order="C")} | host
 
 
-def _check_kernel(call: str, argument: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """A kernel of two axes or more, and perhaps a bias."""
-    kernel = arrays.get(name)
-    if kernel is None or kernel.ndim < 2 or arrays.keys() - {name, "bias"}:
+def _check_kernel(call: str, argument: str, name: str, arrays: Mapping[str, np.ndarray], out: int) -> None:
+    """A kernel of two axes or more, and perhaps a bias, as long as its axis `out`; nothing else."""
+    kernel, bias = arrays.get(name), arrays.get("bias")
+    good = kernel is not None and kernel.ndim >= 2 and not arrays.keys() - {name, "bias"}
+    if not good or (bias is not None and bias.shape != (arrays[name].shape[out],)):
         got = ", ".join(f"{key} {describe(array)}" for key, array in arrays.items())
         raise error(call, argument, got, _KINDS, _OTHERS)
 
 
 def _paths(call: str, mapping: Any) -> dict[str, Path]:
     """The mapping with paths as tuples, no two of them the same."""
+    expected = "a mapping of PyTorch modules to Flax modules"
+    fix = "For example {'conv': 'Conv_0', 'bn': 'BatchNorm_0'}."
     if not isinstance(mapping, Mapping):
-        expected = "a mapping of PyTorch modules to Flax modules"
-        fix = "For example {'conv': 'Conv_0', 'bn': 'BatchNorm_0'}."
-        raise error(call, "mapping", describe(mapping), expected, fix)
+        raise error(call, "mapping", brief(mapping), expected, fix)
     paths: dict[str, Path] = {}
     for prefix, path in mapping.items():
+        if not isinstance(prefix, str) or not isinstance(path, (str, tuple, list)):
+            raise error(call, "mapping", f"one with {prefix!r}: {path!r}", expected, fix)
         parts: Path = tuple(filter(None, path.split("/")) if isinstance(path, str) else map(str, path))
         if parts in paths.values():
+            got, once = f"one with {dotted(parts)} twice", "each Flax module once"
             fix = "A module that is shared, and listed twice by PyTorch, is one in Flax: take out the second."
-            raise error(call, "mapping", f"one with {dotted(parts)} twice", "each Flax module once", fix)
+            raise error(call, "mapping", got, once, fix)
         paths[prefix] = parts
     return paths
 
@@ -188,7 +202,8 @@ def _paths(call: str, mapping: Any) -> dict[str, Path]:
 def _check_covered(call: str, argument: str, left: Collection[str], empty: Collection[str]) -> None:
     """Nothing is dropped, and nothing is mapped in vain."""
     found = [f"the unmapped {', '.join(left)}"] if left else []
-    found += [f"nothing of the mapped {', '.join(map(repr, empty))}"] if empty else []
+    names = [repr(name or "the model itself") for name in empty]
+    found += [f"nothing of the mapped {', '.join(names)}"] if names else []
     if found:
         fix = "Map each module that has arrays, and no other; take out what you convert by hand."
         raise error(call, argument, f"one with {' and '.join(found)}", "exactly what mapping names", fix)
