@@ -87,6 +87,21 @@ def test_fifty_layers_have_room_and_long_paths_are_cut():
     assert figure.get_figheight() >= 50 * 0.25
 
 
+def test_signs_of_mathematics_in_paths_are_letters(tmp_path):
+    figure = plot(variables_of(**{r"a$\foo$": (array(np.nan), array(1.0))}), path=tmp_path / "math.png")
+    assert drawn(figure)[0] == [r"a$\foo$"]
+    assert r"a$\foo$" in figure.get_suptitle()
+
+
+def test_paths_of_pictures(tmp_path):
+    plot(VARIABLES, path=tmp_path / "upper.PNG")
+    plot(VARIABLES, path=tmp_path / "none")
+    assert {file.name for file in tmp_path.iterdir()} == {"upper.PNG", "none.png"}
+    with (tmp_path / "open").open("wb") as file:
+        plot(VARIABLES, path=file)
+    assert png_size(tmp_path / "open")[0] == 1560
+
+
 def test_matplotlib_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match="not installed") as caught:

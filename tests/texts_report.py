@@ -15,6 +15,7 @@ UNREADABLE = (
     "Expected an array of numbers that can be read. "
     "Call it outside of jit, grad and scan, and not on what eval_shape returns."
 )
+PICTURE = "Expected the path of a picture that matplotlib can write. For example 'drift.png'."
 TEXTS = {
     "no variables": (
         lambda: report([VARIABLES]),
@@ -68,6 +69,18 @@ TEXTS = {
     "moments of one layer": (
         lambda: report(VARIABLES, BATCH),
         f"jbn.tools.report: moments is a Moments without batch_moments. {FORMS}{TRAIN}",
+    ),
+    "a number as a file": (
+        lambda: report(VARIABLES).to_csv(3),
+        "jbn.tools.Report.to_csv: file is 3. Expected a path or an open text file. For example 'report.csv'.",
+    ),
+    "an unknown kind of picture": (
+        lambda: plot(VARIABLES, path="drift.foo"),
+        f"jbn.tools.plot: path is 'drift.foo'. {PICTURE}",
+    ),
+    "a number as a path": (
+        lambda: plot(VARIABLES, path=3),
+        f"jbn.tools.plot: path is 3. {PICTURE}",
     ),
     "moments beside a report": (
         lambda: plot(report(VARIABLES), {"bn": BATCH}),

@@ -3,7 +3,7 @@
 import os
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -87,7 +87,8 @@ def plot(
       The figure. It belongs to no window: nothing needs to be closed, and no display is needed.
 
     Raises:
-      ValueError: matplotlib is not installed, moments for a `Report`, and what `report` raises.
+      ValueError: matplotlib is not installed or cannot write such a file, moments for a `Report`, and what
+        `report` raises.
 
     Example:
       >>> import jax.numpy as jnp, jbn.tools
@@ -106,6 +107,7 @@ def plot(
     if isinstance(model, Report) and moments is not None:
         fix = "Pass the variables, or make the report with the moments."
         raise error(_CALL, "moments", "given beside a report", "None, for a report has its own", fix)
+    _check_path(path)
     found = model if isinstance(model, Report) else report(model, moments, epsilon=epsilon)
     known = any(row.drift is not None for row in found.rows)
     shown = [panel for panel in _RANGES if any(panel.values(each) is not None for each in found.channels)]
@@ -117,12 +119,25 @@ def plot(
     _name_layers(grid[0], found.rows)
     _remark(grid[-1], found.rows)
     title = "\n".join(textwrap.fill(note, _LETTERS) for note in found.notes or (_fine(found, known),))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_DARK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_DARK, parse_math=False)
     legend = _LEGEND + (_DRIFT_LEGEND if known else _RANGE_LEGEND)
     figure.supxlabel(legend, x=0.01, ha="left", fontsize=9, color=_DARK)
     if path is not None:
         figure.savefig(path, dpi=130)
     return figure
+
+
+def _check_path(path: Any) -> None:
+    """None, an open file, or a path whose ending, if any, matplotlib knows: before anything is drawn."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path is None or callable(getattr(path, "write", None)):
+        return
+    known = isinstance(path, (str, os.PathLike))
+    ending = os.path.splitext(path)[1].lower() if known else ""
+    if not known or (ending and ending[1:] not in FigureCanvasBase.get_supported_filetypes()):
+        expected = "the path of a picture that matplotlib can write"
+        raise error(_CALL, "path", repr(path), expected, "For example 'drift.png'.")
 
 
 def _fine(found: Report, known: bool) -> str:
@@ -188,7 +203,7 @@ def _set_scale(axes: "Axes", scale: str) -> None:
 
 
 def _name_layers(axes: "Axes", rows: Sequence[LayerReport]) -> None:
-    axes.set_yticks(range(len(rows)), [_short(row.path or ".") for row in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [_short(row.path or ".") for row in rows], fontsize=9, parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
 
 

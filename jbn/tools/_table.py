@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as File
 from typing import TextIO
 
+from jbn._checks import error
 from jbn.tools._drift import Channels, LayerReport
 
 FAR = 0.5
@@ -64,7 +65,15 @@ class Report:
 
         Returns:
           The text.
+
+        Raises:
+          ValueError: a file that is neither.
         """
+        if not (
+            file is None or isinstance(file, (str, os.PathLike)) or callable(getattr(file, "write", None))
+        ):
+            expected, fix = "a path or an open text file", "For example 'report.csv'."
+            raise error("tools.Report.to_csv", "file", repr(file), expected, fix)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(field.name for field in dataclasses.fields(LayerReport))
