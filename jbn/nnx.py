@@ -43,7 +43,7 @@ _OWN_SETTINGS = {
 }
 
 
-class BatchMoments(nnx.Variable[Moments]):
+class BatchMoments(nnx.BatchStat[Moments]):
     """The moments of a layer's batches: the counterpart of linen's collection `batch_moments`."""
 
 

@@ -1,5 +1,6 @@
 """Tools for the life of a model: pure functions over variables, of linen and of NNX alike."""
 
+from jbn.tools._accumulate import apply_moments as apply_moments
 from jbn.tools._average import ema as ema
 from jbn.tools._average import merge_replicas as merge_replicas
 from jbn.tools._equinox import from_equinox as from_equinox
@@ -13,7 +14,6 @@ from jbn.tools._keras import to_keras as to_keras
 from jbn.tools._masks import freeze as freeze
 from jbn.tools._masks import weight_decay_mask as weight_decay_mask
 from jbn.tools._plot import plot as plot
-from jbn.tools._recalibrate import apply_moments as apply_moments
 from jbn.tools._recalibrate import recalibrate as recalibrate
 from jbn.tools._report import report as report
 from jbn.tools._settings import settings_from as settings_from

@@ -4,13 +4,14 @@ A batch norm is found by where statistics live: every place with a running mean 
 name. Its parameters are at the same place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict, freeze, meta, unfreeze
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from jbn._checks import error
@@ -21,7 +22,12 @@ from jbn.nnx import BatchMoments
 Path: TypeAlias = tuple[str | int, ...]
 Variables: TypeAlias = Mapping[str, Any] | nnx.Module
 
-_NNX_COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat, "batch_moments": BatchMoments}
+_NNX_COLLECTIONS: dict[str, Any] = {
+    "params": nnx.Param,
+    "batch_stats": nnx.All(nnx.BatchStat, nnx.Not(BatchMoments)),
+    "batch_moments": BatchMoments,
+}
+_ALL = "Pass all variables of the model, {'params': params, 'batch_stats': batch_stats}."
 
 
 class Layer(NamedTuple):
@@ -62,6 +68,22 @@ def rebuilt(variables: Variables, **changed: Any) -> Any:
     return model
 
 
+def with_batch_stats(call: str, variables: Any, new: Mapping[Path, Mapping[str, Array]]) -> Any:
+    """A model with other statistics in some layers."""
+    stats = flatten_dict(collections(call, variables)["batch_stats"])
+    stats |= {(*path, name): value for path, layer in new.items() for name, value in layer.items()}
+    return rebuilt(variables, batch_stats=unflatten_dict(stats))
+
+
+def without_batch_moments(call: str, variables: Any) -> Any:
+    """A model with no moments in it; an NNX module keeps the variables for them, with no rows."""
+    if isinstance(variables, nnx.Module):
+        old = collections(call, variables)["batch_moments"]
+        return rebuilt(variables, batch_moments=jax.tree.map(jnp.zeros_like, old))
+    rest = {name: tree for name, tree in variables.items() if name != "batch_moments"}
+    return freeze(rest) if isinstance(variables, FrozenDict) else rest
+
+
 def refilled(tree: Any, values: Any) -> Any:
     """The values of a nested dict in a tree of the same names: frozen and boxed where that is."""
     places, structure = jax.tree.flatten(tree, is_leaf=meta.is_axis_metadata)
@@ -71,23 +93,27 @@ def refilled(tree: Any, values: Any) -> Any:
 def batch_norms(call: str, variables: Variables) -> dict[Path, Layer]:
     """Every batch norm of a model by its path, in the order of the tree."""
     trees = collections(call, variables)
+    for name in ("batch_stats", "params"):
+        if not isinstance(trees.get(name, {}), dict):
+            raise error(call, f"variables[{name!r}]", describe(trees[name]), "a nested dict of arrays", _ALL)
     stats, params = (flatten_dict(trees.get(name, {})) for name in ("batch_stats", "params"))
-    paths = with_statistics(stats)
-    if not paths:
+    layers = {path: Layer({}, {}) for path in with_statistics(stats)}
+    if not layers:
         raise error(
             call,
             "variables",
             f"a model with the collections {', '.join(trees) or 'none'}",
             "one with a batch norm: a mean and a var in batch_stats",
-            "Pass all variables of the model, {'params': params, 'batch_stats': batch_stats}.",
+            _ALL,
         )
-    return {
-        path: Layer(
-            {name: params[*path, name] for name in ("scale", "bias") if (*path, name) in params},
-            {full[-1]: value for full, value in stats.items() if full[:-1] == path},
+    for (*path, name), value in stats.items():
+        if tuple(path) in layers:
+            layers[tuple(path)].batch_stats[name] = value
+    for path, layer in layers.items():
+        layer.params.update(
+            {name: params[*path, name] for name in ("scale", "bias") if (*path, name) in params}
         )
-        for path in paths
-    }
+    return layers
 
 
 def with_statistics(stats: Mapping[Path, Any]) -> list[Path]:
@@ -102,6 +128,40 @@ def batch_moments(call: str, variables: Variables) -> dict[Path, Moments]:
     return {path[:-1]: value for path, value in found.items()}
 
 
+def moments_of(call: str, given: Any, layers: Iterable[Path]) -> dict[Path, Moments]:
+    """Moments by the layer's path, from any of the forms in which tools take them."""
+    holds = isinstance(given, nnx.Module) or (isinstance(given, Mapping) and "batch_moments" in given)
+    found: Any = batch_moments(call, given) if holds else given if isinstance(given, Mapping) else {}
+    named = {path if isinstance(path, str) else dotted(path): value for path, value in found.items()}
+    wrong = [name for name, value in named.items() if not isinstance(value, Moments)]
+    if wrong or not named:
+        got = f"a mapping {f'without jbn.Moments at {some(wrong)}' if wrong else 'with nothing'}"
+        raise error(
+            call,
+            "moments",
+            got if isinstance(given, Mapping) else f"a {type(given).__name__} without batch_moments",
+            "a mapping from path to jbn.Moments, or variables or an NNX module with batch_moments",
+            "Run the model in training mode: linen with mutable=['batch_stats', 'batch_moments'], NNX after "
+            "jbn.nnx.keep_batch_moments(model).",
+        )
+    paths = {dotted(path): path for path in layers}
+    if unknown := [name for name in named if name not in paths]:
+        got, expected = f"one with {some(unknown)}", f"paths of batch norms: {some(sorted(paths))}"
+        raise error(call, "moments", got, expected, "Take moments and variables from the same model.")
+    return {paths[name]: value for name, value in named.items()}
+
+
 def dotted(path: Path) -> str:
     """A path for people."""
     return "/".join(map(str, path))
+
+
+def at(call: str, path: Path) -> str:
+    """The name of a call in errors about one layer."""
+    return f"jbn.{call} {dotted(path)!r}" if path else f"jbn.{call}"
+
+
+def some(paths: Sequence[str], most: int = 4) -> str:
+    """The first few paths, for people."""
+    named = [path or "the model itself" for path in paths[:most]]
+    return ", ".join([*named, f"and {len(paths) - most} more"] if len(paths) > most else named)

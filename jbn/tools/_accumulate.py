@@ -1,0 +1,71 @@
+"""Accumulation: one update of running statistics for many micro-batches."""
+
+from typing import Any, TypeVar
+
+import jax
+
+from jbn._checks import check_momentum, naming
+from jbn._running import update
+from jbn._types import kept
+from jbn.tools._trees import (
+    Variables,
+    at,
+    batch_norms,
+    moments_of,
+    with_batch_stats,
+    without_batch_moments,
+)
+
+Model = TypeVar("Model", bound=Variables)
+
+
+def apply_moments(variables: Model, moments: Any = None, *, momentum: float | jax.Array = 0.99) -> Model:
+    """One update of every batch norm by moments of its batch, whatever micro-batches it came in.
+
+        new = momentum * old + (1 - momentum) * batch
+
+    This is how gradients are accumulated over K micro-batches with one update of the statistics, that of the
+    whole batch: call the model with `update_batch_stats=False`, or drop its `batch_stats`, keep
+    `batch_moments` from call to call, in which each layer merges what it sees, and apply them once at the
+    end. (Each micro-batch is still normalized by itself.) The next K begin without moments: those in the
+    variables are taken out by this call; those that you keep elsewhere, as below, you drop yourself.
+    Stacked layers (`nn.scan`, `nn.vmap`) need `'batch_moments': 0` in `variable_axes`, as for `batch_stats`.
+
+    Args:
+      variables: linen variables or an NNX module; not changed.
+      moments: variables with the collection `batch_moments`, as `model.apply` returns them, or an NNX model
+        after `jbn.nnx.keep_batch_moments`; or a mapping from path, `"block/bn"` or `("block", "bn")`, to
+        `jbn.Moments`; None: those in variables.
+      momentum: that of the layers, which this call cannot see: pass it if it is not 0.99, their default.
+        From 0 (the batch replaces the old) to 1; may be a traced scalar.
+
+    Returns:
+      A model of the same kind with new `batch_stats`. Layers without moments, or with no rows in them, keep
+      theirs. If the moments were those in variables, it holds none: linen variables are without the
+      collection, and in an NNX module their count is 0.
+
+    Raises:
+      ValueError: no moments at all, moments of a layer that the model does not have, shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn, jbn.linen, jbn.tools
+      >>> layer, (params, batch_stats) = jbn.linen.BatchNorm(use_running_average=False), jbn.init(1)
+      >>> variables, moments = {"params": params, "batch_stats": batch_stats}, {}
+      >>> for rows in (jnp.array([[0.0], [1]]), jnp.array([[2.0], [3]])):
+      ...     _, moments = layer.apply(
+      ...         variables | moments, rows, update_batch_stats=False, mutable=["batch_moments"]
+      ...     )
+      >>> print(jbn.tools.apply_moments(variables, moments, momentum=0.0)["batch_stats"]["mean"])
+      [1.5]
+    """
+    call = "tools.apply_moments"
+    check_momentum(call, momentum)
+    layers = batch_norms(call, variables)
+    given: Any = variables if moments is None else moments
+    stats = {}
+    for path, batch in moments_of(call, given, layers).items():
+        old = layers[path].batch_stats
+        with naming(at(call, path)):
+            stats[path] = update(old | kept(old, batch.mean), batch, momentum=momentum)
+    new: Model = with_batch_stats(call, variables, stats)
+    return without_batch_moments(call, new) if given is variables else new
