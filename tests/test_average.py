@@ -8,6 +8,8 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import freeze
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jbn
 import jbn.linen
@@ -54,6 +56,67 @@ def test_replicas_that_pmap_left():
     assert_close(merged["var"], X.reshape(-1, 3).var(0), TOLERANCE)
     assert int(merged["count"]) == 1
     np.testing.assert_array_equal(merged["rows"], np.full(3, 64, np.float32))
+
+
+def test_replicas_far_from_zero():
+    means = (1e4 + np.arange(8)[:, None] / 8).astype(np.float32)
+    merged = jbn.tools.merge_replicas({"mean": means, "var": np.full_like(means, 0.5)})
+    assert_close(merged["mean"] - np.float32(1e4), np.full(1, 7 / 16, np.float32), 1e-3)
+    assert_close(merged["var"], 0.5 + np.float64(means).var(0), TOLERANCE)
+
+
+def test_replicas_that_are_sharded_over_an_explicit_axis():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    stats = {"mean": np.tile(X.mean(1), (2, 1)), "var": np.tile(X.var(1), (2, 1))}
+    with jax.set_mesh(mesh):
+        merged = jax.jit(jbn.tools.merge_replicas)(jax.device_put(stats, NamedSharding(mesh, P("data"))))
+    assert_close(merged["mean"], X.reshape(-1, 3).mean(0), TOLERANCE)
+    assert_close(merged["var"], X.reshape(-1, 3).var(0), TOLERANCE)
+
+
+def test_complex_replicas():
+    x = X[..., ::-1] + np.complex64(1j) * X
+    merged = jbn.tools.merge_replicas({"mean": x.mean(1), "var": x.var(1)})
+    assert_close(merged["mean"], x.reshape(-1, 3).mean(0), TOLERANCE)
+    assert_close(merged["var"], x.reshape(-1, 3).var(0), TOLERANCE)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_replicas_of_an_nnx_model(kept):
+    """Whole, or its statistics; the kind stays, and what is not statistics is left alone."""
+    model = nnx.Sequential(jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    if kept:
+        jbn.nnx.keep_batch_moments(model)
+    norm = model.layers[0]
+    norm.mean.set_value(jnp.asarray(X.mean(1)))
+    norm.var.set_value(jnp.asarray(X.var(1)))
+    merged = jbn.tools.merge_replicas(model)
+    assert type(merged) is nnx.Sequential
+    assert_close(merged.layers[0].var[...], X.reshape(-1, 3).var(0), TOLERANCE)
+    np.testing.assert_array_equal(merged.layers[0].scale[...], np.ones(3, np.float32))
+    assert norm.var[...].shape == (4, 3)
+    jbn.nnx.keep_batch_moments(model, keep=False)
+    state = nnx.state(model, nnx.BatchStat)
+    found = jbn.tools.merge_replicas(state)
+    assert isinstance(found, nnx.State)
+    assert_close(found["layers"][0]["var"][...], X.reshape(-1, 3).var(0), TOLERANCE)
+    assert state["layers"][0]["var"][...].shape == (4, 3)
+
+
+def test_ema_shares_no_array_with_the_new_model():
+    """Whose buffers the next step may be given."""
+    new = {"count": jnp.int32(3), "key": jax.random.key(0), "mean": jnp.ones(2)}
+    averaged = jbn.tools.ema(new, new, 0.5)
+    jax.tree.map(lambda leaf: leaf.delete(), {name: new[name] for name in ("count", "mean")})
+    assert int(averaged["count"]) == 3
+    assert jax.random.key_data(averaged["key"]).shape == (2,)
+
+
+def test_masks_of_trees_with_little_in_them():
+    stats = {"bn": jbn.init(3)[1]}
+    for mask in (jbn.tools.weight_decay_mask, jbn.tools.freeze):
+        assert mask({"batch_stats": stats}) == {}
+        assert mask({"batch_stats": stats, "params": {"a": {}}}) == {"a": {}}
 
 
 def test_ema_averages_statistics_with_parameters():
@@ -121,13 +184,3 @@ def test_optax_freezes_batch_norms_of_an_nnx_model():
     optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
     np.testing.assert_array_equal(model.layers[2].scale[...], np.ones(4, np.float32))
     np.testing.assert_array_equal(model.layers[1].scale[...], np.zeros(4, np.float32))
-
-
-def test_replicas_that_do_not_fit_are_an_error():
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
-        jbn.tools.merge_replicas({"mean": np.zeros((2, 3), np.float32), "var": np.zeros((3, 3), np.float32)})
-    assert str(caught.value) == (
-        "jbn.tools.merge_replicas: batch_stats is arrays of float32[2,3], float32[3,3]. Expected one number "
-        "of replicas along axis 0, in all of them. Pass batch_stats as pmap or vmap returns it, with the "
-        "axis of the devices."
-    )

@@ -41,7 +41,14 @@ def measured(variables):
     return new
 
 
+def merged(variables):
+    """Two replicas, merged; a box keeps the names of its axes."""
+    stats = variables["batch_stats"]
+    return jbn.tools.merge_replicas(jax.tree.map(lambda leaf: np.stack([leaf, leaf]), stats))
+
+
 TOOLS = {
+    "merge_replicas": merged,
     "recalibrate": lambda v: jbn.tools.recalibrate(
         lambda *args, **options: apply(*args, train=True, **options), v, [X]
     ),
@@ -58,7 +65,8 @@ TOOLS = {
 def test_the_kind_of_tree_stays(tool, kind):
     given = KINDS[kind](VARIABLES)
     result = TOOLS[tool](given)
-    wanted = given["params"] if tool in ("weight_decay_mask", "freeze") else given
+    part = {"weight_decay_mask": "params", "freeze": "params", "merge_replicas": "batch_stats"}.get(tool)
+    wanted = given[part] if part else given
     assert jax.tree.structure(result) == jax.tree.structure(wanted)
     for found, expected in zip(*map(jax.tree.leaves, (result, TOOLS[tool](VARIABLES))), strict=True):
         np.testing.assert_array_equal(found, expected)

@@ -1,39 +1,47 @@
 """Averages of whole models: over replicas, and over time."""
 
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from jbn._checks import error
-from jbn._moments import Moments, merge
+from jbn._measure import dot
 from jbn._running import moving_average
-from jbn._types import describe
-from jbn.tools._trees import Variables, with_statistics
+from jbn._types import describe, wide, working
+from jbn.tools._trees import Path, Variables, at, collections, dotted, rebuilt, some, with_statistics
 
 Model = TypeVar("Model", bound=Variables)
+Stats = TypeVar("Stats", bound=Mapping[str, Any] | nnx.Module)
+
+_REPLICAS = "Pass batch_stats as pmap or vmap returns it, with the axis of the devices."
 
 
-def merge_replicas(batch_stats: Any, axis: int = 0) -> Any:
+def merge_replicas(batch_stats: Stats, axis: int = 0) -> Stats:
     """Running statistics of several devices that did not synchronise, as one: for evaluation or a checkpoint.
 
         mean = E[mean_i],  var = E[var_i] + E[(mean_i - mean)^2]
 
     All replicas weigh the same. The spread of the means counts: averaging the variances alone is too small.
+    Under `jit` the replicas may be sharded over devices, along explicit mesh axes too.
 
     Args:
-      batch_stats: a collection with a replica axis in every array: of one layer or a model, as `pmap` or
-        `vmap` returns it.
+      batch_stats: the collection of one layer or a linen model, the `nnx.State` of an NNX model's
+        `nnx.BatchStat`, or the module itself, with a replica axis in each of these arrays, as `pmap` or
+        `vmap` returns them.
       axis: the replica axis.
 
     Returns:
-      The collection without that axis. `count` is the largest one, `rows` are summed.
+      The same kind without that axis in the statistics. `count` is the largest one, `rows` are summed; what
+      else a module holds stays as it is.
 
     Raises:
-      ValueError: arrays without such an axis, or of different numbers of replicas.
+      ValueError: arrays without such an axis, of different numbers of replicas, or of other layers.
 
     Example:
       >>> import jax.numpy as jnp, jbn.tools
@@ -41,32 +49,66 @@ def merge_replicas(batch_stats: Any, axis: int = 0) -> Any:
       >>> print(jbn.tools.merge_replicas(replicas))
       {'mean': Array([2.], dtype=float32), 'var': Array([2.], dtype=float32)}
     """
-    flat = flatten_dict(batch_stats)
-    sizes = {
-        value.shape[axis] if -jnp.ndim(value) <= axis < jnp.ndim(value) else None for value in flat.values()
-    }
-    if len(sizes) != 1 or None in sizes or 0 in sizes:
-        raise error(
-            "tools.merge_replicas",
-            "batch_stats",
-            f"arrays of {', '.join(sorted({describe(value) for value in flat.values()})) or 'no kind'}",
-            f"one number of replicas along axis {axis}, in all of them",
-            "Pass batch_stats as pmap or vmap returns it, with the axis of the devices.",
-        )
+    call = "tools.merge_replicas"
+    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+        fix = "Name the axis of the devices: 0 behind pmap and vmap."
+        raise error(call, "axis", repr(axis), "an integer", fix)
+    if isinstance(batch_stats, nnx.State):
+        state: Any = jax.tree.map(lambda leaf: leaf, batch_stats)
+        nnx.replace_by_pure_dict(state, _merged(call, nnx.to_pure_dict(batch_stats), axis))
+        return cast(Stats, state)
+    is_module = isinstance(batch_stats, nnx.Module)
+    if not is_module and not isinstance(batch_stats, Mapping):
+        kinds = "a collection, an nnx.State or an NNX module"
+        raise error(call, "batch_stats", describe(batch_stats), kinds, _REPLICAS)
+    variables: Any = batch_stats if is_module else {"batch_stats": batch_stats}
+    tree = _merged(call, collections(call, variables)["batch_stats"], axis)
+    new = rebuilt(variables, batch_stats=tree)
+    return cast(Stats, new if is_module else new["batch_stats"])
+
+
+def _merged(call: str, stats: Any, axis: int) -> Any:
+    """`merge_replicas` of a nested dict."""
+    flat: dict[Path, Any] = flatten_dict(stats)
     layers = with_statistics(flat)
-    merged = {(*path, name) for path in layers for name in ("mean", "var")}
-    new = {
-        path: (jnp.sum if path[-1] == "rows" else jnp.max)(value, axis)
-        for path, value in flat.items()
-        if path not in merged
-    }
+    if not layers:
+        expected = "a mean and a var in one place"
+        raise error(call, "batch_stats", "without a batch norm", expected, _REPLICAS)
+    known = {(*path, name) for path in layers for name in ("mean", "var", "count", "rows")}
+    if other := [dotted(path) for path in flat if path not in known]:
+        expected = "mean, var, count and rows of batch norms alone"
+        fix = "Leave the others out: jbn cannot know how they are merged."
+        raise error(call, "batch_stats", f"one with {some(other)}", expected, fix)
+    flat = {path: jnp.asarray(value) for path, value in flat.items()}
+    sizes = {value.shape[axis] if -value.ndim <= axis < value.ndim else None for value in flat.values()}
+    if len(sizes) != 1 or None in sizes or 0 in sizes:
+        got = f"arrays of {', '.join(sorted({describe(value) for value in flat.values()}))}"
+        expected = f"one number of replicas along axis {axis}, in all of them"
+        raise error(call, "batch_stats", got, expected, _REPLICAS)
     for path in layers:
-        means, variances = (flat[*path, name] for name in ("mean", "var"))
-        pairs = zip(jnp.moveaxis(means, axis, 0), jnp.moveaxis(variances, axis, 0), strict=True)
-        moments = merge(*(Moments(jnp.ones(var.shape, var.dtype), mean, var) for mean, var in pairs))
-        new[*path, "mean"] = moments.mean.astype(means.dtype)
-        new[*path, "var"] = moments.var.astype(variances.dtype)
-    return unflatten_dict({path: new[path] for path in flat})
+        mean, var = flat[*path, "mean"], flat[*path, "var"]
+        kinds = jnp.issubdtype(mean.dtype, jnp.inexact) and jnp.issubdtype(var.dtype, jnp.floating)
+        if not kinds or mean.shape != var.shape:
+            got = f"{describe(mean)} and {describe(var)}"
+            raise error(at(call, path)[4:], "mean and var", got, "floating arrays of one shape", _REPLICAS)
+        flat[*path, "mean"], flat[*path, "var"] = _pooled(mean, var, axis)
+        for name, reduce in (("count", jnp.max), ("rows", jnp.sum)):
+            if (*path, name) in flat:
+                flat[*path, name] = reduce(flat[*path, name], axis).astype(flat[*path, name].dtype)
+    return unflatten_dict(flat)
+
+
+def _pooled(means: Array, variances: Array, axis: int) -> tuple[Array, Array]:
+    """Reduced along the axis as it is: one that is sharded cannot be cut. About a shift, as in the core."""
+    wider = means.astype(working(means.dtype, variances.dtype))
+    shift = jnp.max(wider, axis, keepdims=True)
+    rest = jnp.mean(wider - shift, axis, keepdims=True)
+    apart = wider - shift - rest
+    spread = variances.astype(wide(wider.dtype)) + dot(apart, apart)
+    return (
+        jnp.squeeze(shift + rest, axis).astype(means.dtype),
+        jnp.mean(spread, axis).astype(variances.dtype),
+    )
 
 
 def ema(average: Model, new: Model, decay: float | Array) -> Model:
@@ -84,7 +126,10 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
       decay: the weight of the old average, from 0 to 1, often 0.999; may be traced.
 
     Returns:
-      The new average.
+      The new average, which shares no array with `new`.
+
+    Raises:
+      ValueError: trees that differ in structure or shapes, a decay outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp, jbn.tools
@@ -94,16 +139,45 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
 
     Reference: Polyak and Juditsky 1992, Acceleration of stochastic approximation by averaging.
     """
-    if isinstance(average, nnx.Module):
+    _check_decay(decay)
+    if isinstance(average, nnx.Module) and isinstance(new, nnx.Module):
         graph, old = nnx.split(average)
         averaged: Model = nnx.merge(graph, ema(old, nnx.state(new), decay))
         return averaged
-    tree: Model = jax.tree.map(lambda a, n: _moved(a, n, decay), average, new)
+    if len({jax.tree.structure(tree) for tree in (average, new)}) > 1:
+        raise error(
+            "tools.ema",
+            "new",
+            "of another structure than average",
+            "the same model after a step of training",
+            "Start with average = jax.tree.map(jnp.copy, model), or nnx.clone(model).",
+        )
+    tree: Model = jax.tree_util.tree_map_with_path(
+        lambda path, a, n: _moved(jax.tree_util.keystr(path), a, n, decay), average, new
+    )
     return tree
 
 
-def _moved(old: Array, new: Array, decay: float | Array) -> Array:
+def _check_decay(decay: Any) -> None:
+    if isinstance(decay, jax.Array):
+        good = decay.shape == () and jnp.issubdtype(decay.dtype, jnp.floating)
+    else:
+        good = isinstance(decay, (int, float, np.integer, np.floating)) and bool(0.0 <= decay <= 1.0)
+    if not good:
+        raise error(
+            "tools.ema",
+            "decay",
+            describe(decay),
+            "a number from 0 to 1, or a scalar array",
+            "It weighs the old average: 0.999 is usual.",
+        )
+
+
+def _moved(name: str, old: Array, new: Array, decay: float | Array) -> Array:
     average, latest = jnp.asarray(old), jnp.asarray(new)
+    if average.shape != latest.shape:
+        expected = f"shape {average.shape}, as in average"
+        raise error("tools.ema", f"new{name}", describe(latest), expected, "Average one and the same model.")
     if not jnp.issubdtype(latest.dtype, jnp.inexact):
-        return new
+        return jnp.copy(latest)  # not `new` itself, whose buffer the caller may donate
     return moving_average(average, latest, (decay, 1 - decay)).astype(average.dtype)

@@ -67,4 +67,4 @@ def _placed(call: str, variables: Variables, inside: Any, outside: Any) -> Any:
     values = unflatten_dict({path: inside if path in norms else outside for path in flatten_dict(tree)})
     if isinstance(variables, nnx.Module):
         return nnx.State(values)
-    return refilled(variables["params"], values)
+    return refilled(variables.get("params", {}), values)
