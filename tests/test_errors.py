@@ -7,7 +7,6 @@ import pytest
 
 import jbn
 from tests import (
-    test_recalibrate,
     texts_convert,
     texts_convert_values,
     texts_core,
@@ -15,6 +14,7 @@ from tests import (
     texts_layers,
     texts_options,
     texts_report,
+    texts_tools,
 )
 from tests.cases import loosely
 
@@ -27,7 +27,7 @@ TABLES = {
     "convert values": (texts_convert_values.TEXTS, contextlib.nullcontext),
     "report": (texts_report.TEXTS, contextlib.nullcontext),
     "fold": (texts_fold.TEXTS, loosely),
-    "recalibrate": (test_recalibrate.TEXTS, loosely),
+    "tools": (texts_tools.TEXTS, loosely),
 }
 CASES = [
     pytest.param(wrong, text, context, id=f"{table}: {name}")

@@ -1,10 +1,11 @@
 """Population statistics of a stream, and one update for micro-batches: pooled equals concatenated."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
@@ -66,11 +67,15 @@ def test_pooled_equals_concatenated(kind):
     assert_trees_close(variables, before, 0.0)
 
 
+def call(model, x):
+    return model(x)
+
+
 @pytest.mark.parametrize("kind", [jbn.nnx.BatchNorm, nnx.BatchNorm], ids=["jbn", "flax"])
 def test_nnx_models(kind):
     model = NnxNet(kind)
     model.eval()
-    new = jbn.tools.recalibrate(lambda model, x: model(x), model, PARTS)
+    new = jbn.tools.recalibrate(call, model, PARTS)
     assert_close(new.first.mean[...], X.mean(0), TOLERANCE)
     assert_close(new.first.var[...], X.var(0), TOLERANCE)
     np.testing.assert_array_equal(model.first.mean[...], np.zeros(3, np.float32))
@@ -86,8 +91,46 @@ def test_nothing_is_printed_where_there_is_no_terminal(capfd):
 
 def test_twice_is_once():
     variables, train = linen()
+    variables["batch_stats"]["first"]["count"] = jnp.int32(7)  # a number of updates, and this is none
     once = jbn.tools.recalibrate(train, variables, PARTS)
     assert_trees_close(jbn.tools.recalibrate(train, once, PARTS), once, 0.0)
+    assert int(once["batch_stats"]["first"]["count"]) == 7
+
+
+@pytest.mark.parametrize("old", [np.nan, np.inf])
+def test_old_statistics_play_no_part(old):
+    """A diverged model is mended, not with 0 * NaN."""
+    variables, train = linen()
+    diverged = variables | {"batch_stats": jax.tree.map(lambda v: v + old, variables["batch_stats"])}
+    wanted = jbn.tools.recalibrate(train, variables, PARTS)
+    assert_trees_close(jbn.tools.recalibrate(train, diverged, PARTS), wanted, 0.0)
+    model = NnxNet(jbn.nnx.BatchNorm)
+    model.first.var[...] += old
+    assert_close(jbn.tools.recalibrate(call, model, PARTS).first.var[...], X.var(0), TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm, jbn.linen.BatchNorm], ids=["flax", "jbn"])
+def test_complex_rows_where_the_stored_mean_is_real(kind):
+    layer, x = kind(use_running_average=False), X.astype(np.complex64) * np.complex64(1 + 2j)
+    variables = {"params": jbn.init(3)[0], "batch_stats": jbn.init(3)[1]}
+    new = jbn.tools.recalibrate(layer.apply, variables, [x[:20], x[20:]])["batch_stats"]
+    assert_close(new["mean"], x.mean(0), TOLERANCE)
+    assert_close(new["var"], x.var(0), TOLERANCE)
+
+
+def test_every_batch_has_a_dropout_mask_of_its_own():
+    class Dropped(nnx.Module):
+        def __init__(self):
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=0))
+            self.norm = jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(self.dropout(x))
+
+    model, x = Dropped(), np.ones((8, 3), np.float32)
+    one, four = (jbn.tools.recalibrate(call, model, [x] * n).norm.mean[...] for n in (1, 4))
+    assert np.abs(one - four).max() > 0.1
+    assert int(model.dropout.rngs.count[...]) == 0
 
 
 def test_masked_batches_weigh_by_their_rows():
@@ -127,66 +170,110 @@ def test_it_stops_after_so_many_batches_or_at_an_accuracy():
     assert 8 <= len(seen) < 60
 
 
+def test_each_channel_counts_its_own_batches():
+    """Channel 0 has rows in the first batch alone: no spread says how good its mean is."""
+    layer, seen = jbn.linen.BatchNorm(use_running_average=False), []
+
+    def stream():
+        for number in range(20):
+            seen.append(None)
+            yield np.tile(X[:8], (8, 1)), np.array([[number == 0, True, True]])
+
+    def train(variables, batch, **options):
+        return layer.apply(variables, batch[0], mask=batch[1], **options)
+
+    variables = {"params": jbn.init(3)[0], "batch_stats": jbn.init(3)[1]}
+    jbn.tools.recalibrate(train, variables, stream(), tolerance=0.1)
+    assert len(seen) == 20
+
+
+@pytest.mark.parametrize(("length", "most", "total"), [(3, None, 3), (3, 2, 2), (2, 9, 2), (None, 2, 2)])
+def test_the_bar_ends_where_it_stops(monkeypatch, length, most, total):
+    def track(batches, *_, total=None, **__):
+        seen.append(total)
+        return batches
+
+    seen, (variables, train) = [], linen()
+    monkeypatch.setattr("jbn.tools._recalibrate.track", track)
+    batches = PARTS[:length] if length else iter(PARTS)
+    jbn.tools.recalibrate(train, variables, batches, max_batches=most)
+    assert seen == [total]
+
+
+def whole(text):
+    return f"^{re.escape(text)}$"
+
+
+NEVER = (
+    "jbn.tools.recalibrate: {} never ran in training mode, and keep their statistics. Does apply_fn run the "
+    "model in training mode, and are they frozen? Those in nn.scan or nn.vmap need 'batch_moments' beside "
+    "'batch_stats' in variable_axes."
+)
+
+
 def test_a_layer_that_never_ran_is_named_and_kept():
     variables, train = linen()
     variables["batch_stats"]["idle"] = {"mean": jnp.full(2, 7.0), "var": jnp.full(2, 9.0)}
-    with pytest.warns(UserWarning, match="idle never ran"):
+    with pytest.warns(UserWarning, match=whole(NEVER.format("idle"))):
         new = jbn.tools.recalibrate(train, variables, PARTS)
     assert_trees_close(new["batch_stats"]["idle"], variables["batch_stats"]["idle"], 0.0)
 
 
-def test_accumulated_gradients_with_one_update_of_the_statistics():
-    """64 rows of N(5, 2) in 4 micro-batches: the statistics are those of one batch, and Optax steps once."""
-    x = (np.random.default_rng(3).standard_normal((64, 3)) * 2 + 5).astype(np.float32)
+def test_a_model_of_which_nothing_ran_stays_as_it_is():
     net, (variables, _) = Net(), linen()
-    optimizer = optax.sgd(0.1)
+    evaluate = lambda v, x, **options: net.apply(v, x, False, **options)  # noqa: E731
+    with pytest.warns(UserWarning, match=whole(NEVER.format("first, second"))):
+        new = jbn.tools.recalibrate(evaluate, variables, PARTS)
+    assert new is not variables
+    assert_trees_close(new, variables, 0.0)
+    layer, alone = jbn.linen.BatchNorm(True), {"params": jbn.init(3)[0], "batch_stats": jbn.init(3)[1]}
+    with pytest.warns(UserWarning, match=whole(NEVER.format("the model itself"))):
+        jbn.tools.recalibrate(layer.apply, alone, PARTS)
 
-    @jax.jit
-    def accumulate(variables, micro_batches):
-        def loss(params, x, moments):
-            y, new = net.apply(
-                variables | {"params": params} | moments,
-                x,
-                True,
-                update_batch_stats=False,
-                mutable=["batch_moments"],
+
+def test_batches_that_are_not_finite_are_told():
+    variables, train = linen()
+    text = (
+        "jbn.tools.recalibrate: the batches gave NaN or inf in first, second. Look for NaN in the data, and "
+        "for layers before these that give it."
+    )
+    with pytest.warns(UserWarning, match=whole(text)):
+        jbn.tools.recalibrate(train, variables, [X[:8], X[8:] * np.float32(np.inf)])
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = dict.fromkeys(("params", "batch_stats", "batch_moments"), 0)
+        scan = nn.scan(
+            lambda layer, x, _: (2 * layer(x), None),
+            variable_axes=axes,
+            split_rngs={"params": True},
+            length=2,
+        )
+        return scan(jbn.linen.BatchNorm(use_running_average=False, name="layers"), x, None)[0]
+
+
+def test_scanned_layers():
+    net = Scanned()
+    variables = net.init(jax.random.key(0), X)
+    mean = jbn.tools.recalibrate(net.apply, variables, PARTS)["batch_stats"]["layers"]["mean"]
+    assert_close(mean, np.stack([X.mean(0), np.zeros(3, np.float32)]), TOLERANCE)
+
+
+def test_scanned_layers_of_nnx():
+    """The axes of `nnx.BatchStat` are those of the moments too."""
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            make = nnx.vmap(lambda rngs: jbn.nnx.BatchNorm(3, rngs=rngs), in_axes=0, out_axes=0)
+            self.layers = make(nnx.Rngs(0).split(2))
+
+        def __call__(self, x):
+            axes = nnx.StateAxes({nnx.Param: 0, nnx.BatchStat: 0})
+            return nnx.scan(lambda layer, x: 2 * layer(x), in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)(
+                self.layers, x
             )
-            return jnp.mean(y**3), new
 
-        total, moments = jax.tree.map(jnp.zeros_like, variables["params"]), {}
-        for x in micro_batches:
-            grads, moments = jax.grad(loss, has_aux=True)(variables["params"], x, moments)
-            total = jax.tree.map(lambda t, g: t + g / len(micro_batches), total, grads)
-        updates, _ = optimizer.update(total, optimizer.init(variables["params"]))
-        variables = variables | {"params": optax.apply_updates(variables["params"], updates)}
-        return jbn.tools.apply_moments(variables, moments, momentum=0.9)
-
-    new = accumulate(variables, list(x.reshape(4, 16, 3)))["batch_stats"]["first"]
-    assert_close(new["mean"], 0.1 * x.mean(0), TOLERANCE)
-    assert_close(new["var"], 0.9 + 0.1 * x.var(0), TOLERANCE)
-
-
-TEXTS = {
-    "no batches": (
-        lambda: jbn.tools.recalibrate(linen()[1], linen()[0], []),
-        "jbn.tools.recalibrate: batches is empty. Expected one batch or more. A generator gives its batches "
-        "only once.",
-    ),
-    "no batch norm": (
-        lambda: jbn.tools.recalibrate(None, {"params": {}}, [X]),
-        "jbn.tools.recalibrate: variables is a model with the collections params. Expected one with a batch "
-        "norm: a mean and a var in batch_stats. Pass all variables of the model, {'params': params, "
-        "'batch_stats': batch_stats}.",
-    ),
-    "no moments": (
-        lambda: jbn.tools.apply_moments(linen()[0]),
-        "jbn.tools.apply_moments: moments is empty. Expected the moments of one layer or more. Name the "
-        "collection, apply(..., mutable=['batch_moments']), or call jbn.nnx.keep_batch_moments(model) before "
-        "training.",
-    ),
-    "moments of another model": (
-        lambda: jbn.tools.apply_moments(linen()[0], {("third",): jbn.moments(X)}),
-        "jbn.tools.apply_moments: moments is those of third. Expected layers of the model (first, second). "
-        "Pass the variables of the model that was measured.",
-    ),
-}
+    mean = jbn.tools.recalibrate(call, Stack(), PARTS).layers.mean[...]
+    assert_close(mean, np.stack([X.mean(0), np.zeros(3, np.float32)]), TOLERANCE)

@@ -1,24 +1,32 @@
-"""Statistics of a data stream, and of micro-batches: moments of many batches, pooled exactly."""
+"""Statistics of a data stream: moments of many batches, pooled exactly."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from operator import length_hint
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 from rich.progress import track
 
 from jbn._checks import error
 from jbn._moments import Moments, merge
-from jbn._running import update
-from jbn.linen import replace_batch_norm
-from jbn.nnx import BatchMoments, keep_batch_moments
-from jbn.nnx import replace_batch_norm as replace_nnx
-from jbn.tools._trees import Path, Variables, batch_moments, batch_norms, collections, dotted, rebuilt
+from jbn._types import describe, kept, sharded_like
+from jbn.tools._measuring import linen_step, nnx_step
+from jbn.tools._trees import (
+    Layer,
+    Path,
+    Variables,
+    batch_moments,
+    batch_norms,
+    dotted,
+    some,
+    with_batch_stats,
+)
 
 Model = TypeVar("Model", bound=Variables)
 
@@ -41,29 +49,33 @@ def recalibrate(
 
     The model runs in training mode, so that each layer sees what the layers before it give in training, and
     each layer's moments are pooled by count: unequal batches, masked ones and several devices weigh as their
-    rows do. The statistics that the model had before play no part: twice gives the same as once. The
-    variance is biased.
+    rows do. The statistics that the model had before play no part, NaN among them: twice gives the same as
+    once. The variance is biased.
 
     Args:
       apply_fn: for linen `apply_fn(variables, batch, mutable=[...])` in training mode, for example
         `lambda variables, x, **options: model.apply(variables, x, train=True, **options)`; for NNX
-        `apply_fn(model, batch)`, which gets a copy of the model after `train()`. It is compiled, and what it
-        returns is not looked at. Batch norms of Flax are measured as those of jbn are.
+        `apply_fn(model, batch)`, which gets a copy of the model after `train()`, and in it the random state
+        that the batch before left. It is compiled. For linen it returns (y, new variables), as `model.apply`
+        does, for NNX anything. Batch norms of Flax are measured as those of jbn are. Layers in `nn.scan` or
+        `nn.vmap` need `'batch_moments': 0` beside `'batch_stats': 0` in `variable_axes`.
       variables: linen variables or an NNX module; not changed.
       batches: whatever `apply_fn` takes, one after the other. Sharded arrays are measured as a whole.
-      max_batches: stop after so many.
-      tolerance: stop when the standard error of every mean, estimated from the spread of the batches' means,
-        is at most so many standard deviations of its channel; after 8 batches at the earliest.
+      max_batches: stop after so many, from 1 up.
+      tolerance: stop when the standard error of every mean, estimated from the spread of the means of the
+        batches that had rows for it, is at most so many standard deviations of its channel; after 8 batches
+        at the earliest, and not before each channel that ran had rows in two of them.
       progress: whether a bar shows how far it is, on a terminal.
 
     Returns:
-      A model of the same kind with new `mean` and `var`. A layer that never ran keeps what it had.
+      A model of the same kind with new `mean` and `var`, in float32 or wider, and the mean complex where rows
+      are. A layer that never ran keeps what it had, and so does all else, such as `batch_moments`.
 
     Raises:
-      ValueError: no batch, or a model without batch norm.
+      ValueError: no batch, a model without batch norm, arguments of the wrong kind, a call under `jit`.
 
     Warns:
-      UserWarning: layers that never ran, all by name.
+      UserWarning: layers that never ran, and layers with NaN or inf in their batches, all by name.
 
     Example:
       >>> import jax.numpy as jnp, jbn, jbn.linen, jbn.tools
@@ -78,136 +90,110 @@ def recalibrate(
     """
     call = "tools.recalibrate"
     layers = batch_norms(call, variables)
+    _check(apply_fn, layers, batches, max_batches, tolerance)
     measure = (
-        _nnx_step(apply_fn, variables)
+        nnx_step(apply_fn, variables)
         if isinstance(variables, nnx.Module)
-        else _linen_step(apply_fn, variables)
+        else linen_step(apply_fn, variables)
     )
     pooled: list[dict[Path, Moments]] = []
     means: list[dict[Path, Moments]] = []  # of each batch, for the tolerance alone
     console = Console(stderr=True)
     shown = progress and console.is_terminal
-    bar = track(batches, "Recalibrating", console=console, disable=not shown, transient=True)
+    total = min((size for size in (length_hint(batches), max_batches) if size), default=None)
+    stream = islice(batches, max_batches)
+    bar = track(stream, "Recalibrating", total=total, console=console, disable=not shown, transient=True)
     for number, batch in enumerate(bar, 1):
         found = batch_moments(call, {"batch_moments": measure(batch)})
         pooled = _grouped([*pooled, found])
-        if number == max_batches:
-            break
         if tolerance is not None:
             means = _grouped([*means, {path: _as_one_row(m) for path, m in found.items()}])
-            if number >= 8 and _largest_error(means, pooled, number) <= tolerance:
+            if number >= 8 and _largest_error(means, pooled) <= tolerance:
                 break
     if not pooled:
         raise error(call, "batches", "empty", "one batch or more", "A generator gives its batches only once.")
     moments = _merged(pooled)
-    if never := [dotted(path) for path in layers if path not in moments or not np.any(moments[path].count)]:
-        warnings.warn(
-            f"jbn.tools.recalibrate: {', '.join(never)} never ran in training mode, and keep their "
-            "statistics. Does apply_fn run the model in training mode, and are they frozen?",
-            stacklevel=2,
-        )
-    return apply_moments(variables, moments, momentum=0.0)
-
-
-def apply_moments(variables: Model, moments: Any = None, *, momentum: float | jax.Array = 0.99) -> Model:
-    """One update of every batch norm by moments of its batch, whatever micro-batches it came in.
-
-        new = momentum * old + (1 - momentum) * batch
-
-    This is how gradients are accumulated over K micro-batches with one update of the statistics, that of the
-    whole batch: call the model with `update_batch_stats=False`, or drop its `batch_stats`, keep
-    `batch_moments` from call to call, in which each layer merges what it sees, and apply them once at the
-    end. (Each micro-batch is still normalized by itself.)
-
-    Args:
-      variables: linen variables or an NNX module; not changed.
-      moments: variables with the collection `batch_moments`, as `model.apply` returns them or an NNX model
-        after `jbn.nnx.keep_batch_moments`; or a mapping from path (a tuple) to `jbn.Moments`; None: those in
-        variables.
-      momentum: from 0 (the batch replaces the old) to 1; may be a traced scalar.
-
-    Returns:
-      A model of the same kind with new `batch_stats`. Layers without moments, or with no rows in them, keep
-      theirs.
-
-    Raises:
-      ValueError: no moments at all, moments of a layer that the model does not have, shapes that do not fit.
-
-    Example:
-      >>> import jax.numpy as jnp, jbn, jbn.linen, jbn.tools
-      >>> layer, (params, batch_stats) = jbn.linen.BatchNorm(use_running_average=False), jbn.init(1)
-      >>> variables, moments = {"params": params, "batch_stats": batch_stats}, {}
-      >>> for rows in (jnp.array([[0.0], [1]]), jnp.array([[2.0], [3]])):
-      ...     _, moments = layer.apply(
-      ...         variables | moments, rows, update_batch_stats=False, mutable=["batch_moments"]
-      ...     )
-      >>> print(jbn.tools.apply_moments(variables, moments, momentum=0.0)["batch_stats"]["mean"])
-      [1.5]
-    """
-    call = "tools.apply_moments"
-    layers = batch_norms(call, variables)
-    source: Any = variables if moments is None else moments
-    by_path = source if _is_by_path(source) else batch_moments(call, source)
-    if not by_path:
+    if unknown := [dotted(path) for path in moments if path not in layers]:
         raise error(
             call,
-            "moments",
-            "empty",
-            "the moments of one layer or more",
-            "Name the collection, apply(..., mutable=['batch_moments']), or call "
-            "jbn.nnx.keep_batch_moments(model) before training.",
+            "variables",
+            f"a model without batch_stats for {some(unknown)}",
+            "those of every batch norm that runs",
+            "Pass all variables of the model, as init or training returned them.",
         )
-    if foreign := [dotted(path) for path in by_path if path not in layers]:
-        raise error(
-            call,
-            "moments",
-            f"those of {', '.join(foreign)}",
-            f"layers of the model ({', '.join(map(dotted, layers))})",
-            "Pass the variables of the model that was measured.",
-        )
-    stats = flatten_dict(collections(call, variables)["batch_stats"])
-    for path, batch in by_path.items():
-        new_stats = update(layers[path].batch_stats, batch, momentum=momentum)
-        stats |= {(*path, name): value for name, value in new_stats.items()}
-    new: Model = rebuilt(variables, batch_stats=unflatten_dict(stats))
+    _warn(layers, moments)
+    stats = {path: _replaced(layers[path], batch) for path, batch in moments.items()}
+    new: Model = with_batch_stats(call, variables, stats)
     return new
 
 
-def _is_by_path(moments: Any) -> bool:
-    return isinstance(moments, dict) and all(isinstance(value, Moments) for value in moments.values())
+def _check(apply_fn: Any, layers: Any, batches: Any, max_batches: Any, tolerance: Any) -> None:
+    """What would fail late, or not at all."""
+    stream = isinstance(batches, Iterable) and not isinstance(batches, (Mapping, str, np.ndarray, jax.Array))
+    whole = isinstance(max_batches, (int, np.integer)) and max_batches >= 1
+    number = isinstance(tolerance, (int, float, np.integer, np.floating)) and tolerance >= 0
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layers))
+    every = "None takes all batches."
+    for good, argument, got, expected, fix in (
+        (
+            not traced,
+            "variables",
+            "traced",
+            "arrays with values",
+            "Call it outside of jit, grad and scan: it compiles apply_fn by itself.",
+        ),
+        (
+            callable(apply_fn),
+            "apply_fn",
+            describe(apply_fn),
+            "a function that runs the model in training mode",
+            "Pass model.apply, or a function around it, and for NNX lambda model, x: model(x).",
+        ),
+        (
+            stream,
+            "batches",
+            "a dict" if isinstance(batches, Mapping) else describe(batches),
+            "batches, one after the other",
+            "Pass a list or a generator; for a single batch, [batch].",
+        ),
+        (max_batches is None or whole, "max_batches", repr(max_batches), "an integer from 1 up", every),
+        (tolerance is None or number, "tolerance", repr(tolerance), "a number from 0 up", every),
+    ):
+        if not good:
+            raise error("tools.recalibrate", argument, got, expected, fix)
 
 
-def _linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], Any]:
-    """A function from a batch to the tree of its moments."""
+def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
+    """Of layers whose statistics are not what the caller wants."""
+    ran = [path for path in layers if path in moments and np.any(moments[path].count)]
+    never = [dotted(path) for path in layers if path not in ran]
+    if never:
+        warnings.warn(
+            f"jbn.tools.recalibrate: {some(never, len(never))} never ran in training mode, and keep their "
+            "statistics. Does apply_fn run the model in training mode, and are they frozen? Those in nn.scan "
+            "or nn.vmap need 'batch_moments' beside 'batch_stats' in variable_axes.",
+            stacklevel=3,
+        )
+    broken = [
+        dotted(path)
+        for path in ran
+        if not (np.isfinite(moments[path].mean).all() and np.isfinite(moments[path].var).all())
+    ]
+    if broken:
+        warnings.warn(
+            f"jbn.tools.recalibrate: the batches gave NaN or inf in {some(broken, len(broken))}. Look for "
+            "NaN in the data, and for layers before these that give it.",
+            stacklevel=3,
+        )
 
-    @jax.jit
-    def step(variables: Any, batch: Any) -> Any:
-        _, new = apply_fn(variables, batch, mutable=["batch_stats", "batch_moments"])
-        return new.get("batch_moments", {})
 
-    start = {name: tree for name, tree in variables.items() if name != "batch_moments"}
-
-    def measure(batch: Any) -> Any:
-        with replace_batch_norm():
-            return step(start, batch)
-
-    return measure
-
-
-def _nnx_step(apply_fn: Callable[..., Any], model: nnx.Module) -> Callable[[Any], Any]:
-    """The same for an NNX module."""
-    copy = replace_nnx(nnx.clone(model))
-    copy.train()
-    keep_batch_moments(copy)
-    graph, state = nnx.split(copy)
-
-    @jax.jit
-    def step(state: Any, batch: Any) -> Any:
-        model = nnx.merge(graph, state)
-        apply_fn(model, batch)
-        return nnx.state(model, BatchMoments)
-
-    return lambda batch: nnx.to_pure_dict(step(state, batch))
+def _replaced(layer: Layer, moments: Moments) -> dict[str, jax.Array]:
+    """Mean and var of the moments, where there are rows."""
+    stats = {}
+    for name, old in kept(layer.batch_stats, moments.mean).items():
+        seen, new = (sharded_like(part, old) for part in (moments.count > 0, getattr(moments, name)))
+        stats[name] = jnp.where(seen, new.astype(old.dtype), old)
+    return stats
 
 
 def _merged(parts: list[dict[Path, Moments]]) -> dict[Path, Moments]:
@@ -226,14 +212,17 @@ def _as_one_row(moments: Moments) -> Moments:
     return Moments(seen, moments.mean, jnp.zeros_like(moments.var))
 
 
-def _largest_error(means: list[dict[Path, Moments]], pooled: list[dict[Path, Moments]], number: int) -> float:
-    """The largest standard error of a mean, in standard deviations of its channel; constant ones have 0."""
+def _largest_error(means: list[dict[Path, Moments]], pooled: list[dict[Path, Moments]]) -> float:
+    """The largest standard error of a mean, in standard deviations of its channel.
+
+    Constant channels have 0, those that one batch alone had rows for have inf: it has no spread.
+    """
     spread, population = _merged(means), _merged(pooled)
     errors = []
     for path, moments in population.items():
+        batches, squares = (np.asarray(part, np.float64) for part in (spread[path].count, spread[path].var))
         var = np.asarray(moments.var, np.float64)
-        squares = np.asarray(spread[path].var, np.float64) / (number - 1)
-        errors.append(
-            np.sqrt(np.divide(squares, var, out=np.zeros_like(var), where=var > 0)).max(initial=0.0)
-        )
+        known = (var > 0) & (batches > 1)
+        relative = np.divide(squares, var * (batches - 1), out=np.zeros_like(var), where=known)
+        errors.append(np.where(batches == 1, np.inf, np.sqrt(relative)).max(initial=0.0))
     return float(max(errors, default=0.0))
