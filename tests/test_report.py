@@ -9,6 +9,7 @@ from flax.core import freeze
 import jbn
 import jbn.linen
 import jbn.nnx
+import jbn.tools
 from jbn.tools import report
 from jbn.tools._drift import LayerReport
 from tests.cases import assert_close
@@ -122,6 +123,28 @@ def test_linen_and_nnx_say_the_same_however_moments_come():
         report(without, model),
     ):
         assert found.rows == rows
+
+
+def test_recalibrated_statistics_take_the_place_of_a_batch():
+    """Those of the stream as if they were its moments, of linen and of NNX models alike."""
+    mean, var = array(1.0, 1.0), array(4.0, 1.0)
+    variables, new = variables_of(bn=HEALTHY), variables_of(bn=(mean, var))
+    wanted = report(variables, {"bn": moments_of(mean, var)}).rows
+    for other in (new, freeze(new), {"batch_stats": new["batch_stats"]}):
+        assert report(variables, other).rows == wanted
+    model = NNXNet()
+    population = jbn.tools.recalibrate(lambda model, x: model(x), model, [X[:8], X[8:]])
+    row = report(model, population).rows[-1]
+    pooled = {name: jbn.Moments(array(1.0, 1.0, 1.0), *stats) for name, stats in population_of(population)}
+    assert row == report(model, pooled).rows[-1]
+    assert row.drift > 0.2
+    assert report(population, population).rows[0].drift == 0.0
+
+
+def population_of(model):
+    return [
+        (name, (getattr(model, name).mean[...], getattr(model, name).var[...])) for name in ("first", "last")
+    ]
 
 
 def test_layers_are_sorted_worst_first():

@@ -4,6 +4,7 @@ import csv
 import io
 
 import numpy as np
+from rich.console import Console
 
 from jbn.tools import report
 from jbn.tools._drift import LayerReport
@@ -74,6 +75,23 @@ def test_text_with_moments():
         "\n"
         "1 of 6 channels is dead: the output does not depend on the input."
     )
+
+
+def test_rich_text_colours_the_worst_layers():
+    layers = {"[red]far": HEALTHY, "fine": HEALTHY, "new": (array(0.0, 0.0), array(1.0, 1.0))}
+    found = report(
+        variables_of(**layers), {"[red]far": moments_of(array(9.0, 9.0), HEALTHY[1]), "fine": BATCH}
+    )
+    lines = {}
+    for colours in ("standard", None):
+        file = io.StringIO()
+        Console(file=file, force_terminal=True, width=100, color_system=colours).print(found)
+        lines[colours] = file.getvalue().splitlines()
+    told, plain = " ".join(lines[None]).split(), str(found).split()
+    assert [word for word in told if "\u2500" not in word] == plain  # a line below the head
+    for name, code in (("far", "\x1b[31m"), ("new", "\x1b[33m"), ("fine", None)):
+        (first, *_) = [line for line in lines["standard"] if name in line]
+        assert code in first if code else "\x1b[3" not in first
 
 
 def test_no_sentence_where_nothing_is_wrong():

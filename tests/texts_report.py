@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jbn.tools import plot, report
 from tests.reporting import BATCH, HEALTHY, VARIABLES, NNXNet, array, moments_of, variables_of
@@ -49,22 +50,32 @@ TEXTS = {
         "jbn.tools.report: batch count of 'bn' is of shape (1,). Expected (2,), or the last axes of it, as "
         "for the others. Take moments and variables from the same model.",
     ),
+    "shapes of a model that is one batch norm": (
+        lambda: report({"batch_stats": VARIABLES["batch_stats"]["bn"]}, {"": moments_of(*(array(1.0),) * 2)}),
+        "jbn.tools.report: batch count is of shape (1,). Expected (2,), or the last axes of it, as for the "
+        "others. Take moments and variables from the same model.",
+    ),
+    "statistics of another model": (
+        lambda: report(VARIABLES, variables_of(other=HEALTHY)),
+        "jbn.tools.report: moments is one with other. Expected paths of batch norms: bn. Take moments and "
+        "variables from the same model.",
+    ),
     "unknown path": (
         lambda: report(VARIABLES, {"bn_1": BATCH, ("bn",): BATCH}),
         "jbn.tools.report: moments is one with bn_1. Expected paths of batch norms: bn. Take moments and "
         "variables from the same model.",
     ),
     "variables without moments": (
-        lambda: report(VARIABLES, VARIABLES),
-        f"jbn.tools.report: moments is a mapping with params, batch_stats. {FORMS}{TRAIN}",
+        lambda: report(VARIABLES, {"params": {}}),
+        f"jbn.tools.report: moments is a mapping without jbn.Moments at params. {FORMS}{TRAIN}",
     ),
     "empty moments": (
         lambda: report(VARIABLES, {}),
         f"jbn.tools.report: moments is a mapping with nothing. {FORMS}{TRAIN}",
     ),
     "NNX without moments": (
-        lambda: report(NNXNet(), NNXNet()),
-        f"jbn.tools.report: moments is a NNXNet without batch_moments. {FORMS}{TRAIN}",
+        lambda: report(NNXNet(), nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
+        f"jbn.tools.report: moments is a Linear without batch_moments. {FORMS}{TRAIN}",
     ),
     "moments of one layer": (
         lambda: report(VARIABLES, BATCH),

@@ -85,7 +85,7 @@ def measured(
     stats = {name: layer.batch_stats[name] for name in ("mean", "var", "count") if name in layer.batch_stats}
     given = stats | layer.params
     given |= {} if batch is None else {f"batch {name}": value for name, value in vars(batch).items()}
-    host = {name: _host(call, f"{name} of {path!r}", value) for name, value in given.items()}
+    host = {name: _host(call, _of(path, name), value) for name, value in given.items()}
     count = host.pop("count", None)
     values = _aligned(call, path, host)
     with np.errstate(all="ignore"):
@@ -104,6 +104,11 @@ def measured(
         *_drifts(channels, known=bool(values.get("batch count", np.zeros(1)).any())),
     )
     return row, channels
+
+
+def _of(path: str, name: str) -> str:
+    """An array of a layer in errors."""
+    return f"{name} of {path!r}" if path else name
 
 
 def _host(call: str, argument: str, value: Any) -> np.ndarray:
@@ -126,7 +131,7 @@ def _aligned(call: str, path: str, arrays: Mapping[str, np.ndarray]) -> dict[str
         if shape[len(shape) - array.ndim :] != array.shape:
             got, expected = f"of shape {array.shape}", f"{shape}, or the last axes of it, as for the others"
             fix = "Take moments and variables from the same model."
-            raise error(call, f"{name} of {path!r}", got, expected, fix)
+            raise error(call, _of(path, name), got, expected, fix)
     return {name: np.broadcast_to(array, shape).ravel() for name, array in arrays.items()}
 
 

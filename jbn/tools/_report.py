@@ -1,26 +1,22 @@
 """A report on every batch norm of a model, and why its evaluation differs from training."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 from flax import nnx
 
-from jbn._checks import check_epsilon, error
+from jbn._checks import check_epsilon
 from jbn._moments import Moments
+from jbn.nnx import BatchMoments
 from jbn.tools._drift import LayerReport, measured
-from jbn.tools._table import Report, some
-from jbn.tools._trees import Path, Variables, batch_moments, batch_norms, dotted
+from jbn.tools._table import Report
+from jbn.tools._trees import Layer, Path, Variables, batch_moments, batch_norms, dotted, moments_of
 
 MomentsOf: TypeAlias = Mapping[str, Moments] | Mapping[Path, Moments] | Variables
 
 _CALL = "tools.report"
-_FORMS = "a mapping from path to jbn.Moments, or variables or an NNX module with batch_moments"
-_TRAIN = (
-    "Run the model in training mode: linen with mutable=['batch_stats', 'batch_moments'], NNX after "
-    "jbn.nnx.keep_batch_moments(model)."
-)
 
 
 def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: float = 1e-5) -> Report:
@@ -51,8 +47,10 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
       variables: linen variables, or an NNX module.
       moments: a mapping from a batch norm's path, `"block/bn"` or `("block", "bn")`, to its `jbn.Moments`; or
         variables with `batch_moments`, which `apply(..., mutable=["batch_stats", "batch_moments"])` returns
-        in training mode; or an NNX module after `jbn.nnx.keep_batch_moments` and training calls. None: those
-        that `variables` holds, if it does. Layers that they leave out have no drift.
+        in training mode; or an NNX module after `jbn.nnx.keep_batch_moments` and training calls. Or the model
+        with other statistics and no moments, as `jbn.tools.recalibrate` returns it: its mean and var then
+        stand for those of a batch. None: those that `variables` holds, if it does. Layers that they leave
+        out have no drift.
       epsilon: that of the layers.
 
     Returns:
@@ -63,21 +61,30 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
       ValueError: no batch norm, moments of another model, traced or abstract arrays.
 
     Example:
-      >>> import jax.numpy as jnp, jbn.tools
+      >>> import flax.linen as nn, jax.numpy as jnp, jbn.linen, jbn.tools
       >>> params, batch_stats = jbn.init(2)
       >>> variables = {"params": {"bn": params}, "batch_stats": {"bn": batch_stats}}
-      >>> batch = jbn.moments(jnp.array([[0.5, 2.0], [-1.5, 4.0]]))
-      >>> found = jbn.tools.report(variables, {"bn": batch})
+      >>> x = jnp.array([[0.5, 2.0], [-1.5, 4.0]])
+      >>> found = jbn.tools.report(variables, {"bn": jbn.moments(x)})  # of a batch
       >>> print(f"{found.rows[0].drift:.2f}", found.notes[0])
       2.15 1 of 1 layer was never updated: bn. Keep the batch_stats that training returns.
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         return jbn.linen.BatchNorm(use_running_average=False, name="bn")(x)
+      >>> population = jbn.tools.recalibrate(Net().apply, variables, [x, x + 1], progress=False)
+      >>> print(f"{jbn.tools.report(variables, population).rows[0].drift:.2f}")  # of a stream
+      2.46
 
     Reference: Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section 3.
     """
     check_epsilon(_CALL, epsilon)
-    layers = [(dotted(path), layer) for path, layer in batch_norms(_CALL, variables).items()]
-    layers.sort(key=lambda item: _by_number(item[0]))
-    batches = _batches(variables, moments, [path for path, _ in layers])
-    found = [measured(_CALL, path, layer, batches.get(path), epsilon) for path, layer in layers]
+    layers = batch_norms(_CALL, variables)
+    batches = _batches(variables, moments, layers)
+    found = [
+        measured(_CALL, dotted(path), layers[path], batches.get(path), epsilon)
+        for path in sorted(layers, key=lambda path: _by_number(dotted(path)))
+    ]
     if any(row.drift is not None for row, _ in found):
         found.sort(key=lambda pair: _worst_first(pair[0]))
     return Report(tuple(row for row, _ in found), tuple(channels for _, channels in found))
@@ -93,20 +100,24 @@ def _worst_first(row: LayerReport) -> tuple[bool, float]:
     return not row.nonfinite, -np.inf if np.isnan(drift) else -drift
 
 
-def _batches(variables: Variables, moments: Any, paths: Sequence[str]) -> dict[str, Moments]:
+def _batches(variables: Variables, moments: Any, layers: Mapping[Path, Layer]) -> dict[Path, Moments]:
     """The moments by path, from any of the forms that `report` takes."""
-    holds = isinstance(moments, nnx.Module) or (isinstance(moments, Mapping) and "batch_moments" in moments)
-    if moments is None or holds:
-        found: Mapping[Any, Any] = batch_moments(_CALL, variables if moments is None else moments)
-    else:
-        found = moments if isinstance(moments, Mapping) else {}
-    if (moments is not None and not found) or not all(isinstance(value, Moments) for value in found.values()):
-        got = f"a mapping with {', '.join(map(str, found)) or 'nothing'}"
-        if moments is not None and not isinstance(moments, Mapping):
-            got = f"a {type(moments).__name__} without batch_moments"
-        raise error(_CALL, "moments", got, _FORMS, _TRAIN)
-    named = {path if isinstance(path, str) else dotted(path): value for path, value in found.items()}
-    if unknown := [path for path in named if path not in paths]:
-        got, expected = f"one with {some(unknown)}", f"paths of batch norms: {some(paths)}"
-        raise error(_CALL, "moments", got, expected, "Take moments and variables from the same model.")
-    return named
+    if moments is None:
+        return moments_of(_CALL, variables, layers) if batch_moments(_CALL, variables) else {}
+    if _has_statistics_alone(moments):
+        moments = {
+            path: Moments(np.ones(np.shape(stats["var"])), stats["mean"], stats["var"])
+            for path, (_, stats) in batch_norms(_CALL, moments).items()
+        }
+    return moments_of(_CALL, moments, layers)
+
+
+def _has_statistics_alone(model: Any) -> bool:
+    """Whether it is a model with statistics and no moments."""
+    if isinstance(model, nnx.Module):
+        return not nnx.state(model, BatchMoments) and bool(nnx.state(model, nnx.BatchStat))
+    return (
+        isinstance(model, Mapping)
+        and isinstance(model.get("batch_stats"), Mapping)
+        and "batch_moments" not in model
+    )

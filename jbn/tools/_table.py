@@ -9,8 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as File
 from typing import TextIO
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
 from jbn._checks import error
 from jbn.tools._drift import Channels, LayerReport
+from jbn.tools._trees import some
 
 FAR = 0.5
 """Standard deviations of y: a drift above it is told."""
@@ -32,7 +38,9 @@ _LEGEND = (
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """Every batch norm of a model: `print` shows it in 100 columns.
+    """Every batch norm of a model: `print` shows it in 100 columns, and `rich.print` in colours too.
+
+    There layers that are far off, or hold NaN or inf, are red; those that are dead in part or new are yellow.
 
     Attributes:
       rows: one `LayerReport` per batch norm, worst first if a drift is known.
@@ -85,23 +93,28 @@ class Report:
         return text.getvalue()
 
     def __str__(self) -> str:
-        return "\n\n".join([*_tables(self.rows), *(textwrap.fill(note, _WIDTH) for note in self.notes)])
+        return "\n\n".join(
+            textwrap.fill(part, _WIDTH) if isinstance(part, str) else _table(self.rows, part)
+            for part in (*_parts(self.rows), *self.notes)
+        )
 
     __repr__ = __str__
+
+    def __rich__(self) -> Group:
+        return Group(
+            *(
+                Text(f"{part}\n") if isinstance(part, str) else _rich_table(self.rows, part)
+                for part in (*_parts(self.rows), *self.notes)
+            )
+        )
 
     def _layers(self, paths: Sequence[str], one: str, many: str) -> str:
         plural = "s" if len(self.rows) > 1 else ""
         return f"{len(paths)} of {len(self.rows)} layer{plural} {one if len(paths) == 1 else many}"
 
 
-def some(paths: Sequence[str]) -> str:
-    """The first few paths, for people."""
-    named = [path or "the model itself" for path in paths[:4]]
-    return ", ".join([*named, f"and {len(paths) - 4} more"] if len(paths) > 4 else named)
-
-
-def _tables(rows: Sequence[LayerReport]) -> list[str]:
-    """One table, or two if there is a drift to tell."""
+def _parts(rows: Sequence[LayerReport]) -> list[str | dict[str, list[str]]]:
+    """The columns of one table, or of two with a text between them if there is a drift to tell."""
     about = {
         "channels": [str(row.channels) for row in rows],
         "updates": [
@@ -117,29 +130,42 @@ def _tables(rows: Sequence[LayerReport]) -> list[str]:
         "var": [_range(row.var_min, row.var_max) for row in rows],
         "|scale|": [_range(row.scale_min, row.scale_max) for row in rows],
     }
-    paths = [row.path or "." for row in rows]
     if all(row.drift is None for row in rows):
-        return [_table(paths, about | ranges | wrong)]
+        return [about | ranges | wrong]
     drifts = {
         "drift": [_fixed(row.drift) for row in rows],
         "mean drift": [_pair(row.mean_drift_max, row.mean_drift_median) for row in rows],
         "log2 var": [_pair(row.var_drift_max, row.var_drift_median) for row in rows],
     }
-    return [_table(paths, about | drifts | wrong), textwrap.fill(_LEGEND, _WIDTH), _table(paths, ranges)]
+    return [about | drifts | wrong, _LEGEND, ranges]
 
 
-def _table(paths: Sequence[str], columns: Mapping[str, list[str]]) -> str:
+def _table(rows: Sequence[LayerReport], columns: Mapping[str, list[str]]) -> str:
     """Aligned to the right behind the paths, which break into lines if they are too long; no empty column."""
     filled = {head: [head, *cells] for head, cells in columns.items() if any(cells)}
     sizes = [max(map(len, cells)) for cells in filled.values()]
     room = max(16, _WIDTH - sum(sizes) - 2 * len(sizes))
-    names = [textwrap.wrap(path, room) for path in ("layer", *paths)]
+    names = [textwrap.wrap(path, room) for path in ("layer", *(row.path or "." for row in rows))]
     size = max(len(line) for name in names for line in name)
     lines = []
     for (first, *more), *cells in zip(names, *filled.values(), strict=True):
         parts = [cell.rjust(width) for cell, width in zip(cells, sizes, strict=True)]
         lines += ["  ".join([first.ljust(size), *parts]).rstrip(), *more]
     return "\n".join(lines)
+
+
+def _rich_table(rows: Sequence[LayerReport], columns: Mapping[str, list[str]]) -> Table:
+    """The same in colours."""
+    filled = {head: cells for head, cells in columns.items() if any(cells)}
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for head in filled:
+        table.add_column(head, justify="right", no_wrap=True)
+    for row, *cells in zip(rows, *filled.values(), strict=True):
+        bad = row.nonfinite or (row.drift is not None and row.drift > FAR)
+        style = "red" if bad else "yellow" if row.dead or row.never_updated else None
+        table.add_row(Text(row.path or "."), *cells, style=style)
+    return table
 
 
 def _number(value: float | None) -> str:
