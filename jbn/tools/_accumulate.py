@@ -65,7 +65,7 @@ def apply_moments(variables: Model, moments: Any = None, *, momentum: float | ja
     stats = {}
     for path, batch in moments_of(call, given, layers).items():
         old = layers[path].batch_stats
-        with naming(at(call, path)):
+        with naming(f"jbn.{at(call, path)}"):
             stats[path] = update(old | kept(old, batch.mean), batch, momentum=momentum)
     new: Model = with_batch_stats(call, variables, stats)
     return without_batch_moments(call, new) if given is variables else new

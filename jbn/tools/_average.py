@@ -90,7 +90,7 @@ def _merged(call: str, stats: Any, axis: int) -> Any:
         kinds = jnp.issubdtype(mean.dtype, jnp.inexact) and jnp.issubdtype(var.dtype, jnp.floating)
         if not kinds or mean.shape != var.shape:
             got = f"{describe(mean)} and {describe(var)}"
-            raise error(at(call, path)[4:], "mean and var", got, "floating arrays of one shape", _REPLICAS)
+            raise error(at(call, path), "mean and var", got, "floating arrays of one shape", _REPLICAS)
         flat[*path, "mean"], flat[*path, "var"] = _pooled(mean, var, axis)
         for name, reduce in (("count", jnp.max), ("rows", jnp.sum)):
             if (*path, name) in flat:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -74,7 +75,7 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
       ...         return jbn.linen.BatchNorm(use_running_average=False, name="bn")(x)
       >>> population = jbn.tools.recalibrate(Net().apply, variables, [x, x + 1], progress=False)
       >>> print(f"{jbn.tools.report(variables, population).rows[0].drift:.2f}")  # of a stream
-      2.46
+      2.48
 
     Reference: Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section 3.
     """
@@ -106,7 +107,7 @@ def _batches(variables: Variables, moments: Any, layers: Mapping[Path, Layer]) -
         return moments_of(_CALL, variables, layers) if batch_moments(_CALL, variables) else {}
     if _has_statistics_alone(moments):
         moments = {
-            path: Moments(np.ones(np.shape(stats["var"])), stats["mean"], stats["var"])
+            path: Moments(jnp.ones_like(stats["var"]), stats["mean"], stats["var"])
             for path, (_, stats) in batch_norms(_CALL, moments).items()
         }
     return moments_of(_CALL, moments, layers)

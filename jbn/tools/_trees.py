@@ -158,7 +158,7 @@ def dotted(path: Path) -> str:
 
 def at(call: str, path: Path) -> str:
     """The name of a call in errors about one layer."""
-    return f"jbn.{call} {dotted(path)!r}" if path else f"jbn.{call}"
+    return f"{call} {dotted(path)!r}" if path else call
 
 
 def some(paths: Sequence[str], most: int = 4) -> str:
