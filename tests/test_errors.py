@@ -7,6 +7,7 @@ import pytest
 
 import jbn
 from tests import (
+    test_torch_model,
     texts_convert,
     texts_convert_values,
     texts_core,
@@ -23,6 +24,7 @@ TABLES = {
     "functions": (texts_core.TEXTS, contextlib.nullcontext),
     "options": (texts_options.TEXTS, contextlib.nullcontext),
     "layers": (texts_layers.TEXTS, contextlib.nullcontext),
+    "torch model": (test_torch_model.TEXTS, contextlib.nullcontext),
     "convert": (texts_convert.TEXTS, contextlib.nullcontext),
     "convert values": (texts_convert_values.TEXTS, contextlib.nullcontext),
     "report": (texts_report.TEXTS, contextlib.nullcontext),

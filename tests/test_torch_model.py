@@ -1,16 +1,20 @@
 """A torchvision-shaped ResNet block into Flax and back: bit-equal arrays, the same outputs in evaluation."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jbn.linen
+import jbn.nnx
 import jbn.tools
 from tests.cases import assert_close, loosely
+from tests.folding import variables_of
+from tests.foreign import assert_same
 
 X = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
+VECTOR = X[0, 0, 0]
 MAPPING = {
     "conv1": "Conv_0",
     "bn1": "BatchNorm_0",
@@ -70,37 +74,118 @@ def test_a_torch_block_into_flax_and_back():
 
 
 def flax_arrays():
+    """Every array with values of its own, so that no two of them can be swapped unseen."""
     with loosely():
-        variables = BasicBlock().init(jax.random.key(0), X)
-    return jax.tree.map(lambda leaf: leaf + jax.random.normal(jax.random.key(1), leaf.shape), variables)
+        return variables_of(BasicBlock(), X)
 
 
 def test_flax_to_torch_and_back_without_torch():
     variables = flax_arrays()
     state = jbn.tools.torch_state_dict(variables, MAPPING)
-    assert state["conv1.weight"].shape == (6, 4, 3, 3)
-    back = jbn.tools.from_torch_state_dict(state, MAPPING)
-    for one, other in zip(jax.tree.leaves(variables), jax.tree.leaves(back), strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_same(jbn.tools.from_torch_state_dict(state, MAPPING), variables)
+    np.testing.assert_array_equal(state["bn2.running_var"], variables["batch_stats"]["BatchNorm_1"]["var"])
 
 
-@pytest.mark.parametrize("left_out", ["conv2", "bn2"])
-def test_what_no_module_has_is_an_error_by_name(left_out):
-    mapping = {name: path for name, path in MAPPING.items() if name != left_out}
+KERNELS = {  # PyTorch's and Flax's order: the output and input channels to the end, swapped
+    "Dense": ((4, 3), (3, 4)),
+    "Conv 1D": ((4, 3, 5), (5, 3, 4)),
+    "Conv 2D": ((4, 3, 5, 2), (5, 2, 3, 4)),
+    "Conv 3D": ((4, 3, 5, 2, 6), (5, 2, 6, 3, 4)),
+    "depthwise": ((4, 1, 5, 2), (5, 2, 1, 4)),
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_kernels_of_every_rank(theirs, ours, dtype):
+    weight = np.random.default_rng(0).standard_normal(theirs).astype(dtype)
+    state, mapping = {"weight": weight, "bias": weight[:, 0].ravel()[:4]}, {"": ("head", 0)}
+    variables = jbn.tools.from_torch_state_dict(state, mapping)
+    kernel = np.moveaxis(weight, (1, 0), (-2, -1))
+    assert kernel.shape == ours
+    assert_same(variables, {"params": {"head": {"0": {"kernel": kernel, "bias": state["bias"]}}}})
+    assert_same(jbn.tools.torch_state_dict(variables, mapping), state)
+
+
+def test_nnx_modules():
+    layers = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(*layers)
+    state = jbn.tools.torch_state_dict(model, {"fc": "layers/0", "bn": ("layers", 1)})
+    np.testing.assert_array_equal(state["fc.weight"], layers[0].kernel[...].T)
+    np.testing.assert_array_equal(state["bn.running_var"], layers[1].var[...])
+
+
+def without(name):
+    return {module: path for module, path in MAPPING.items() if module != name}
+
+
+def into_flax(mapping, **changed):
     state = jbn.tools.torch_state_dict(flax_arrays(), MAPPING)
-    with pytest.raises(ValueError, match=f"{left_out}.weight"):
-        jbn.tools.from_torch_state_dict(state, mapping)
-    with pytest.raises(ValueError, match=MAPPING[left_out]):
-        jbn.tools.torch_state_dict(flax_arrays(), mapping)
+    return jbn.tools.from_torch_state_dict(state | changed, mapping)
 
 
-def test_a_module_that_is_missing_is_an_error_by_name():
-    state = jbn.tools.torch_state_dict(flax_arrays(), MAPPING)
-    with pytest.raises(ValueError, match="conv9"):
-        jbn.tools.from_torch_state_dict(state, MAPPING | {"conv9": "Conv_9"})
-
-
-def test_dense_kernels_are_transposed():
-    variables = {"params": {"head": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.zeros(3)}}}
-    state = jbn.tools.torch_state_dict(variables, {"fc": "head"})
-    np.testing.assert_array_equal(state["fc.weight"], np.arange(6.0).reshape(2, 3).T)
+KIND = (
+    "Expected the arrays of a Conv, Dense or batch norm. Convert other kinds by hand, and leave them out of "
+    "both sides."
+)
+COVER = (
+    "Expected exactly what mapping names. Map each module that has arrays, and no other; take out what you "
+    "convert by hand."
+)
+TEXTS = {
+    "no mapping": (
+        lambda: jbn.tools.from_torch_state_dict({}, ["conv"]),
+        "jbn.tools.from_torch_state_dict: mapping is ['conv']. Expected a mapping of PyTorch modules to Flax "
+        "modules. For example {'conv': 'Conv_0', 'bn': 'BatchNorm_0'}.",
+    ),
+    "a Flax module twice": (
+        lambda: into_flax(MAPPING | {"bn2": ("BatchNorm_0",)}),
+        "jbn.tools.from_torch_state_dict: mapping is one with BatchNorm_0 twice. Expected each Flax module "
+        "once. A module that is shared, and listed twice by PyTorch, is one in Flax: take out the second.",
+    ),
+    "no state_dict": (
+        lambda: jbn.tools.from_torch_state_dict(None, MAPPING),
+        "jbn.tools.from_torch_state_dict: state_dict is None. Expected a mapping of names to arrays. Pass "
+        "model.state_dict().",
+    ),
+    "PyTorch modules that are not mapped": (
+        lambda: into_flax(without("bn2")),
+        "jbn.tools.from_torch_state_dict: state_dict is one with the unmapped bn2.weight, bn2.bias, "
+        f"bn2.running_mean, bn2.running_var. {COVER}",
+    ),
+    "Flax modules that are not mapped": (
+        lambda: jbn.tools.torch_state_dict(flax_arrays(), without("bn2")),
+        "jbn.tools.torch_state_dict: variables is one with the unmapped batch_stats/BatchNorm_1/mean, "
+        "batch_stats/BatchNorm_1/var, params/BatchNorm_1/bias, params/BatchNorm_1/scale. " + COVER,
+    ),
+    "PyTorch modules that are not there": (
+        lambda: into_flax(MAPPING | {"conv9": "Conv_9"}),
+        f"jbn.tools.from_torch_state_dict: state_dict is one with nothing of the mapped 'conv9'. {COVER}",
+    ),
+    "Flax modules that are not there": (
+        lambda: jbn.tools.torch_state_dict(flax_arrays(), MAPPING | {"conv9": "Conv_9"}),
+        f"jbn.tools.torch_state_dict: variables is one with nothing of the mapped 'Conv_9'. {COVER}",
+    ),
+    "collections that PyTorch does not have": (
+        lambda: jbn.tools.torch_state_dict(flax_arrays() | {"cache": {"Conv_0": {"a": X}}}, MAPPING),
+        f"jbn.tools.torch_state_dict: variables is one with the unmapped cache/Conv_0/a. {COVER}",
+    ),
+    "a LayerNorm of PyTorch": (
+        lambda: jbn.tools.from_torch_state_dict({"ln.weight": VECTOR, "ln.bias": VECTOR}, {"ln": "ln"}),
+        f"module 'ln': state_dict is weight float32[4], bias float32[4]. {KIND}",
+    ),
+    "a LayerNorm of Flax": (
+        lambda: jbn.tools.torch_state_dict({"params": {"ln": {"scale": VECTOR}}}, {"ln": "ln"}),
+        f"module 'ln': params is scale float32[4]. {KIND}",
+    ),
+    "entries that a Conv does not have": (
+        lambda: into_flax(MAPPING, **{"conv1.weight_g": X}),
+        f"module 'conv1': state_dict is weight float32[6,4,3,3], weight_g float32[2,8,8,4]. {KIND}",
+    ),
+    "a batch norm that lacks its variance": (
+        lambda: jbn.tools.from_torch_state_dict({"bn.running_mean": VECTOR}, {"bn": "bn"}),
+        "module 'bn': state is a mapping without running_var. Expected running_mean, running_var, and "
+        "perhaps weight, bias, num_batches_tracked. Pass bn.state_dict() of one batch norm; one with "
+        "track_running_stats=False has no statistics.",
+    ),
+}
