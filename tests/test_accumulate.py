@@ -101,3 +101,20 @@ def test_complex_moments_where_the_stored_mean_is_real():
     x = X.astype(np.complex64) * np.complex64(1 + 2j)
     new = jbn.tools.apply_moments({"batch_stats": jbn.init(3)[1]}, {"": jbn.moments(x)}, momentum=0.5)
     assert_close(new["batch_stats"]["mean"], 0.5 * x.mean(0), TOLERANCE)
+
+
+def test_moments_are_taken_in_every_form():
+    net, (variables, _) = Net(), linen()
+    _, moments = net.apply(variables, X, True, update_batch_stats=False, mutable=["batch_moments"])
+    by_path = {(name,): layer["moments"] for name, layer in moments["batch_moments"].items()}
+    expected = {path[0]: jbn.update(variables["batch_stats"][path[0]], m) for path, m in by_path.items()}
+    for new in (
+        jbn.tools.apply_moments(variables | moments),
+        jbn.tools.apply_moments(variables, moments),
+        jbn.tools.apply_moments(variables, by_path),
+    ):
+        assert_trees_close(new["batch_stats"], expected, 0.0)
+        assert new["params"] is variables["params"]
+    some = jbn.tools.apply_moments(variables, {("first",): by_path["first",]})["batch_stats"]
+    assert_trees_close(some["first"], expected["first"], 0.0)
+    assert_trees_close(some["second"], variables["batch_stats"]["second"], 0.0)

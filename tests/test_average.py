@@ -206,4 +206,3 @@ def test_optax_freezes_batch_norms_of_an_nnx_model():
     for layer, scale, bias in ((2, 1, 0), (1, 0, -1)):
         np.testing.assert_array_equal(model.layers[layer].scale[...], np.full(4, scale, np.float32))
         np.testing.assert_array_equal(model.layers[layer].bias[...], np.full(4, bias, np.float32))
-

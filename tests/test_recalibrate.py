@@ -42,28 +42,31 @@ def linen(kind=jbn.linen.BatchNorm):
 
 
 class NnxNet(nnx.Module):
-    def __init__(self, kind):
+    def __init__(self, kind=jbn.nnx.BatchNorm):
         self.first = kind(3, rngs=nnx.Rngs(0))
         self.dense = nnx.Linear(3, 4, rngs=nnx.Rngs(1))
         self.second = kind(4, rngs=nnx.Rngs(2))
 
-    def __call__(self, x):
-        return self.second(nnx.relu(self.dense(self.first(x))))
+    def __call__(self, x, **options):
+        return self.second(nnx.relu(self.dense(self.first(x, **options))), **options)
+
+
+def assert_pooled(new, kernel, bias):
+    """The statistics of `PARTS` as one batch; each part is normalized by itself before the second layer."""
+    hidden = np.concatenate([(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) for x in PARTS])
+    hidden = np.maximum(hidden @ np.asarray(kernel) + np.asarray(bias), 0)
+    for name, rows, accuracy in (("first", X, TOLERANCE), ("second", hidden, 10 * TOLERANCE)):
+        assert_close(new[name]["mean"], rows.mean(0), accuracy)
+        assert_close(new[name]["var"], rows.var(0), accuracy)
 
 
 @pytest.mark.parametrize("kind", [jbn.linen.BatchNorm, nn.BatchNorm], ids=["jbn", "flax"])
 def test_pooled_equals_concatenated(kind):
     variables, train = linen(kind)
     before = jax.tree.map(np.array, variables)
-    new = jbn.tools.recalibrate(train, variables, PARTS)["batch_stats"]
-    assert_close(new["first"]["mean"], X.mean(0), TOLERANCE)
-    assert_close(new["first"]["var"], X.var(0), TOLERANCE)
-    hidden = np.concatenate([(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) for x in PARTS])
-    hidden = np.maximum(
-        hidden @ variables["params"]["dense"]["kernel"] + variables["params"]["dense"]["bias"], 0
-    )
-    assert_close(new["second"]["mean"], hidden.mean(0), 10 * TOLERANCE)  # through a layer and a product
-    assert_close(new["second"]["var"], hidden.var(0), 10 * TOLERANCE)
+    new = jbn.tools.recalibrate(train, variables, PARTS)
+    assert_pooled(new["batch_stats"], **variables["params"]["dense"])
+    assert_trees_close(new["params"], before["params"], 0.0)
     assert_trees_close(variables, before, 0.0)
 
 
@@ -75,18 +78,39 @@ def call(model, x):
 def test_nnx_models(kind):
     model = NnxNet(kind)
     model.eval()
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))
     new = jbn.tools.recalibrate(call, model, PARTS)
-    assert_close(new.first.mean[...], X.mean(0), TOLERANCE)
-    assert_close(new.first.var[...], X.var(0), TOLERANCE)
-    np.testing.assert_array_equal(model.first.mean[...], np.zeros(3, np.float32))
-    assert type(new.first) is kind
-    assert new.first.use_running_average
+    after = nnx.to_pure_dict(nnx.state(new))
+    assert_pooled(after, **after["dense"])
+    assert_trees_close(nnx.to_pure_dict(nnx.state(model)), before, 0.0)
+    for one in (model, new):
+        assert type(one.first) is kind
+        assert one.first.use_running_average
 
 
-def test_nothing_is_printed_where_there_is_no_terminal(capfd):
+def test_pooled_over_many_batches():
+    """More than are kept apart before they are merged, and of unequal sizes."""
+    x = np.random.default_rng(2).normal([0, 1, 2], size=(100, 3)).astype(np.float32)
+    batches = np.split(x, np.cumsum([2, 3] * 20)[:-1])
+    layer, (params, batch_stats) = jbn.linen.BatchNorm(use_running_average=False), jbn.init(3)
+    variables = {"params": params, "batch_stats": batch_stats}
+    new = jbn.tools.recalibrate(layer.apply, variables, batches)["batch_stats"]
+    assert_close(new["mean"], x.mean(0), TOLERANCE)
+    assert_close(new["var"], x.var(0), TOLERANCE)
+
+
+@pytest.mark.parametrize(("progress", "terminal"), [(True, False), (False, True), (True, True)])
+def test_a_bar_is_shown_where_there_is_a_terminal(progress, terminal, capfd, monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
     variables, train = linen()
-    jbn.tools.recalibrate(train, variables, PARTS)
-    assert capfd.readouterr() == ("", "")
+    jbn.tools.recalibrate(train, variables, PARTS, progress=progress)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert ("Recalibrating" in err) == (progress and terminal)
+    assert bool(err) == (progress and terminal)
 
 
 def test_twice_is_once():
@@ -150,24 +174,40 @@ def test_sharded_batches_are_measured_as_a_whole():
     batches = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (X[:8], X[8:48])]
     new = jbn.tools.recalibrate(train, variables, batches)["batch_stats"]
     assert_close(new["first"]["mean"], X[:48].mean(0), TOLERANCE)
+    assert_close(new["first"]["var"], X[:48].var(0), TOLERANCE)
 
 
-def test_it_stops_after_so_many_batches_or_at_an_accuracy():
-    variables, train = linen()
-    seen = []
+ROWS = np.random.default_rng(3).normal([0, 1000, 5], [1, 30, 0], (16, 16, 3))
+STREAM = list(ROWS.astype(np.float32))
 
-    def stream():
-        rng = np.random.default_rng(1)
-        for _ in range(1000):
-            seen.append(None)
-            yield rng.standard_normal((64, 3)).astype(np.float32)
 
-    jbn.tools.recalibrate(train, variables, stream(), max_batches=3)
-    assert len(seen) == 3
-    seen.clear()
-    jbn.tools.recalibrate(train, variables, stream(), tolerance=0.03)
-    # 1 / sqrt(64 * batches) is 0.03 at 17 batches; the worst of seven channels needs some more.
-    assert 8 <= len(seen) < 60
+def batches_taken(**limits):
+    """How many batches of `STREAM`, one channel of which is constant, a single layer takes."""
+    layer, (params, batch_stats) = jbn.linen.BatchNorm(use_running_average=False), jbn.init(3)
+    stream = iter(STREAM)
+    variables = {"params": params, "batch_stats": batch_stats}
+    jbn.tools.recalibrate(layer.apply, variables, stream, **limits)
+    return len(STREAM) - len(list(stream))
+
+
+def standard_error(number):
+    """Of the worst mean after so many batches, in standard deviations of its channel."""
+    seen = np.stack(STREAM[:number])[:, :, :2].astype(np.float64)
+    errors = seen.mean(1).std(0, ddof=1) / np.sqrt(number)
+    return (errors / seen.reshape(-1, 2).std(0)).max()
+
+
+def test_it_stops_after_so_many_batches():
+    assert batches_taken(max_batches=3) == 3
+    assert batches_taken(max_batches=3, tolerance=0.0) == 3
+
+
+def test_it_stops_at_an_accuracy():
+    for number in (10, 12):
+        limit = 1.0001 * standard_error(number)
+        assert all(standard_error(fewer) > limit for fewer in range(8, number))
+        assert batches_taken(tolerance=limit) == number
+    assert batches_taken(tolerance=1.0) == 8
 
 
 def test_each_channel_counts_its_own_batches():
@@ -217,6 +257,15 @@ def test_a_layer_that_never_ran_is_named_and_kept():
     with pytest.warns(UserWarning, match=whole(NEVER.format("idle"))):
         new = jbn.tools.recalibrate(train, variables, PARTS)
     assert_trees_close(new["batch_stats"]["idle"], variables["batch_stats"]["idle"], 0.0)
+    assert_close(new["batch_stats"]["first"]["mean"], X.mean(0), TOLERANCE)
+
+
+def test_layers_that_saw_no_row_are_named_and_kept():
+    net, (variables, _) = Net(), linen()
+    train = lambda v, x, **options: net.apply(v, x, True, np.zeros(len(x), bool), **options)  # noqa: E731
+    with pytest.warns(UserWarning, match="first, second never ran"):
+        new = jbn.tools.recalibrate(train, variables, PARTS)
+    assert_trees_close(new, variables, 0.0)
 
 
 def test_a_model_of_which_nothing_ran_stays_as_it_is():

@@ -189,8 +189,9 @@ def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
 
 def _replaced(layer: Layer, moments: Moments) -> dict[str, jax.Array]:
     """Mean and var of the moments, where there are rows."""
-    stats = {}
-    for name, old in kept(layer.batch_stats, moments.mean).items():
+    stats = kept(layer.batch_stats, moments.mean)
+    for name in ("mean", "var"):
+        old = stats[name]
         seen, new = (sharded_like(part, old) for part in (moments.count > 0, getattr(moments, name)))
         stats[name] = jnp.where(seen, new.astype(old.dtype), old)
     return stats
