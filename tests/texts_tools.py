@@ -150,8 +150,8 @@ TEXTS = {
     ),
     "momentum of 2": (
         lambda: jbn.tools.apply_moments(STATS, {"bn": jbn.moments(X)}, momentum=2),
-        "jbn.tools.apply_moments: momentum is 2. Expected a number from 0 to 1, or a scalar array. It weighs "
-        "the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
+        "jbn.tools.apply_moments: momentum is 2. Expected a number from 0 to 1, a scalar array, or None "
+        "(cumulative). It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
     ),
     "replicas of two numbers": (
         lambda: jbn.tools.merge_replicas(
