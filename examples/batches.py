@@ -1,4 +1,4 @@
-"""Cuts a data set into batches of one fixed size: shuffled, padded and masked, so that no image is dropped.
+"""Cuts a data set into batches of one fixed size, shuffled: padded and masked, or whole ones alone.
 
 The order is a function of (seed, epoch) alone. A run is therefore resumed at any step by counting, with no
 generator state to keep, and several hosts agree on it without talking.
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from errors import UsageError
 from idx import Split
 
 
@@ -40,3 +41,18 @@ def take(split: Split, rows: np.ndarray, size: int, *, part: int = 0, num_parts:
     share = size // num_parts
     mine = slice(part * share, (part + 1) * share)
     return Batch(split.images[rows[mine]], split.labels[rows[mine]], mask[mine])
+
+
+def whole_batches(seed: int, count: int, size: int, steps: int) -> np.ndarray:
+    """The rows of each step, i64[steps, size], epoch after epoch, without what is left over at an end.
+
+    Raises:
+      UsageError: fewer than one step, or a seed below 0.
+    """
+    if steps < 1:
+        raise UsageError(f"--steps {steps}: expected 1 or more")
+    if seed < 0:
+        raise UsageError(f"--seed {seed}: expected 0 or more")
+    per_epoch = count // size
+    epochs = [epoch_order(seed, epoch, count)[: per_epoch * size] for epoch in range(-(-steps // per_epoch))]
+    return np.concatenate(epochs).reshape(-1, size)[:steps]

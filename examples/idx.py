@@ -18,6 +18,7 @@ import numpy as np
 from errors import UsageError
 
 NUM_CLASSES = 10
+MNIST = Path(__file__).parent / "data" / "mnist"
 _UNSIGNED_BYTE = 8
 _GZIP_MAGIC = b"\x1f\x8b"
 

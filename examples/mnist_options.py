@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from errors import UsageError
-
-HERE = Path(__file__).parent
+from idx import MNIST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Config:
     """Of the initial parameters and of the order of the data."""
     train_size: int | None = None
     """Use only the first so many training images."""
-    data_dir: Path = HERE / "data" / "mnist"
+    data_dir: Path = MNIST
     """Four IDX files with MNIST's names, gzipped or not."""
     output: Path = Path("runs/mnist")
     """Folder of checkpoints, metrics.csv and curves.png."""
