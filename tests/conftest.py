@@ -25,6 +25,13 @@ def flax_promotion():
 
 
 @pytest.fixture
+def standard_promotion():
+    """Optax mixes dtypes, as JAX lets it by default."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def x64():
     """float64 for the duration of a test: the precision in which derivatives are compared."""
     with jax.enable_x64(True):

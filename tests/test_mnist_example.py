@@ -66,13 +66,6 @@ def _compile_once(tmp_path_factory):
         jax.config.update(name, value)
 
 
-@pytest.fixture
-def standard_promotion():
-    """Optax mixes dtypes, as JAX lets it by default."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("mnist") / "data")
