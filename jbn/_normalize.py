@@ -152,7 +152,13 @@ def _tangent(
     means: Array,
     tangent: Inputs,
 ) -> tuple[Array, Array, Array]:
-    """The tangents of y, mean and var; `positive` is y, if it cannot be had from x."""
+    """The tangents of y, mean and var; `positive` is y, where relu passes and that cannot be had from x.
+
+    What the backward pass does with the cotangent of relu, it does twice: sums, and dx. As one expression XLA
+    would store it, so without a residual each has its own: `y > 0`, and not `y <= 0`. With a residual it is
+    stored in any case, being the residual's gradient; the barrier keeps XLA from computing y again from x and
+    residual, which are two reads instead of one.
+    """
     x, weights, scale, _, _ = inputs
     _, _, scale_dot, bias_dot, residual_dot = tangent
     offset, x_dot = _offset_and_tangent(x, weights, measured, tangent.x)
@@ -166,13 +172,16 @@ def _tangent(
     slope = -a * (r * r * half_var_dot).astype(kind)
     if scale_dot is not None:
         slope = r.astype(kind) * scale_dot.astype(kind) + slope
-    y_dot = a * x_dot.astype(kind) + constant + offset.astype(kind) * slope
-    y_dot = zeroed(y_dot, weights).astype(config.dtype)
+    own, shared = a * x_dot.astype(kind), constant + offset.astype(kind) * slope
+    if config.activation is not None and residual_dot is None:
+        y = _normalized(config, inputs, measured)
+        own = jnp.where(y <= 0, jnp.zeros_like(own), own)
+        shared = jnp.where(y > 0, shared, jnp.zeros_like(shared))
+    y_dot = zeroed(own + shared, weights).astype(config.dtype)
     if residual_dot is not None:
         y_dot = y_dot + residual_dot.astype(config.dtype)
-    if config.activation is not None:
-        y = _normalized(config, inputs, measured) if positive is None else positive
-        y_dot = jnp.where(y > 0, y_dot, jnp.zeros_like(y_dot))
+    if positive is not None:
+        y_dot = jnp.where(lax.optimization_barrier(positive) > 0, y_dot, jnp.zeros_like(y_dot))
     return y_dot, mean_dot, 2 * half_var_dot
 
 

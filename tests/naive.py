@@ -64,7 +64,7 @@ def _hat(x, weights, axes, epsilon, renorm, known, expand):
 def _known(batch_stats, options):
     mean, var = (np.asarray(batch_stats[name], np.float64) for name in ("mean", "var"))
     momentum = options.get("momentum", 0.99)
-    if not options.get("debias") or momentum is None or batch_stats["count"] == 0:
+    if not options.get("debias") or momentum in (None, 1) or batch_stats["count"] == 0:
         return {"mean": mean, "var": var}
     share = momentum ** int(batch_stats["count"])
     return {"mean": mean / (1 - share), "var": (var - share) / (1 - share)}
