@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jbn
-from tests.cases import CASES, REAL, assert_trees_close, by_name, tolerance
+from tests.cases import CASES, REAL, assert_trees_close, tolerance
 from tests.doors import every_door
 
 TOLERANCE = tolerance(np.float32)
