@@ -54,8 +54,9 @@ class Inputs(NamedTuple):
 def normalize(config: Normalization, inputs: Inputs, reference: Reference | None) -> tuple[Array, Measured]:
     """y = scale * (x - mean) / sqrt(var + epsilon) + bias by the moments of the batch, and those moments.
 
-    The offset from the mean is `(x - shift) - rest`: rounding the mean to one float32 would cost half an ulp
-    of the mean in y, 5e-4 at N(1e4, 1).
+    The mean is in two parts, and x - shift is taken first: rounding the mean to one float32 would cost half
+    an ulp of the mean in y, 5e-4 at N(1e4, 1). What is left, the rest, is of the size of the deviation, and
+    goes into the constant that is added in the end.
 
     Entries that take no part come out normalized like the others, as constants: no gradient enters or
     leaves through them. If they hold NaN or inf they count as 0, so that y is finite.
@@ -114,10 +115,10 @@ def _forward(config: Normalization, inputs: Inputs, reference: Reference | None)
 def _normalized(config: Normalization, inputs: Inputs, measured: Measured) -> Array:
     """y before residual and activation."""
     x, weights, scale, bias, _ = inputs
-    offset = (_settled(x, weights).astype(measured.shift.dtype) - measured.shift) - measured.rest
+    offset = _settled(x, weights).astype(measured.shift.dtype) - measured.shift
     if weights is not None:  # no variance, no scale: what a masked entry holds could become anything
         offset = jnp.where(measured.values > 1, offset, jnp.zeros_like(offset))
-    return _finite(affine(offset, measured.var, scale, bias, config), weights)
+    return _finite(affine(offset, measured.rest, measured.var, scale, bias, config), weights)
 
 
 _compiled_forward = jax.jit(_forward, static_argnums=0, inline=True)
@@ -191,23 +192,35 @@ def normalize_by(config: Normalization, inputs: Inputs, mean: Array, var: Array)
     x, weights, scale, bias, residual = inputs
     dtype = working(x.dtype, mean.dtype)
     offset = _settled(x, weights).astype(dtype) - mean.astype(dtype)
-    y = _finite(affine(offset, var.astype(wide(dtype)), scale, bias, config), weights)
+    y = _finite(affine(offset, None, var.astype(wide(dtype)), scale, bias, config), weights)
     y = y if weights is None else jnp.where(used(weights), y, lax.stop_gradient(y))
     return _finished(y, residual, config)
 
 
 def affine(
-    offset: Array, var: Float[Array, "..."], scale: Array | None, bias: Array | None, config: Normalization
+    offset: Array,
+    rest: Array | None,
+    var: Float[Array, "..."],
+    scale: Array | None,
+    bias: Array | None,
+    config: Normalization,
 ) -> Array:
-    """scale * offset / sqrt(var + epsilon) + bias, with one factor per channel."""
-    parts = [part for part in (offset, var, scale, bias) if part is not None]
+    """scale * (offset - rest) / sqrt(var + epsilon) + bias, with one factor and one constant per channel.
+
+    So there are few operations per entry: what is cheap, XLA computes again in the backward pass, inside of
+    other kernels, instead of storing it.
+    """
+    parts = [part for part in (offset, rest, var, scale, bias) if part is not None]
     chex.assert_equal_rank(parts)
     kind = working(*(part.dtype for part in parts))
     factor = inverse_deviation(var, config.epsilon).astype(kind)
     if scale is not None:
         factor = factor * scale.astype(kind)
+    constant = None if bias is None else bias.astype(kind)
+    if rest is not None:
+        constant = -rest.astype(kind) * factor + (0 if constant is None else constant)
     y = offset.astype(kind) * factor
-    return (y if bias is None else y + bias.astype(kind)).astype(config.dtype)
+    return (y if constant is None else y + constant).astype(config.dtype)
 
 
 def _finite(y: Array, weights: Array | None) -> Array:
