@@ -182,10 +182,12 @@ def check_momentum(call: str, momentum: Any) -> None:
     """The share of the old statistics, static or a scalar array; None is cumulative."""
     if momentum is None:
         return
-    if isinstance(momentum, (jax.Array, np.ndarray)):
+    if isinstance(momentum, jax.core.Tracer):
         good = momentum.shape == () and jnp.issubdtype(momentum.dtype, jnp.floating)
     else:
-        good = isinstance(momentum, (int, float, np.number)) and 0.0 <= momentum <= 1.0
+        given = np.asarray(momentum)
+        real = any(jnp.issubdtype(given.dtype, kind) for kind in (np.integer, np.floating))
+        good = given.shape == () and real and bool(0.0 <= given <= 1.0)
     if not good:
         raise error(
             call,

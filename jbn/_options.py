@@ -199,7 +199,8 @@ def _is_scalar_from(lowest: int, value: Any) -> bool:
     array = as_numbers(value)
     if array is None or array.shape or jnp.iscomplexobj(array):
         return False
-    return isinstance(array, jax.core.Tracer) or bool(array >= lowest)
+    # By NumPy: while jit traces, jnp.asarray(0.5) and a comparison of arrays are traced too.
+    return isinstance(value, jax.core.Tracer) or bool(np.asarray(value) >= lowest)
 
 
 def check_residual(call: str, residual: Any, x: X, dtype: np.dtype) -> Array | None:

@@ -93,9 +93,11 @@ def _remember(
         for name, value in (("mean", mean), ("var", var))
     }
     if "rows" in batch_stats:
-        new["rows"] = batch_stats["rows"] + jnp.where(seen, moments.count, jnp.zeros_like(moments.count))
+        rows = jnp.where(seen, moments.count, jnp.zeros_like(moments.count))
+        kind = wide(batch_stats["rows"].dtype, rows.dtype)
+        new["rows"] = batch_stats["rows"].astype(kind) + rows.astype(kind)
     if "count" in batch_stats:
-        new["count"] = batch_stats["count"] + jnp.any(seen).astype(jnp.int32)
+        new["count"] = batch_stats["count"] + jnp.any(seen).astype(batch_stats["count"].dtype)
     result: BatchStats = jax.tree_util.tree_map_with_path(
         lambda path, old: _like(old, new[path[-1].key]), batch_stats
     )
@@ -148,7 +150,11 @@ def moving_average(old: Array, new: Array, shares: tuple[float | Array, float | 
     """keep * old + forget * new, for these shares, in float32 or wider."""
     dtype = working(old.dtype, new.dtype)
     keep, forget = (jnp.asarray(share, dtype) for share in shares)
-    return keep * old.astype(dtype) + forget * new.astype(dtype)
+
+    def part(share: Array, value: Array) -> Array:  # none of it where the share is 0, were it NaN or inf
+        return jnp.where(share == 0, jnp.zeros_like(value), share * value)
+
+    return part(keep, old.astype(dtype)) + part(forget, new.astype(dtype))
 
 
 def _like(old: Array, new: Array) -> Array:

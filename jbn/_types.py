@@ -52,7 +52,8 @@ def kept(batch_stats: BatchStats, x: X) -> dict[str, Array]:
 
     A checkpoint may hold bfloat16, in which averages stall; Flax starts the mean of complex x as a real 0.
     """
-    kinds = {"mean": jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32, "var": jnp.float32}
+    mean = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
+    kinds = {"mean": mean, "var": jnp.float32, "rows": jnp.float32}
     return {
         name: value.astype(working(value.dtype, kinds[name])) if name in kinds else value
         for name, value in batch_stats.items()

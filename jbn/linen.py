@@ -229,10 +229,11 @@ class BatchNorm(nn.Module):
             "count": (jnp.zeros, (), jnp.int32),
             "rows": (jnp.zeros, features, jnp.float32),
         }
+        # Not to a checkpoint without: a count of 0 beside learned statistics would be a lie.
         counting = [
             name
             for name in counters(self.momentum, self.debias)
-            if may_start or self.has_variable("batch_stats", name)
+            if self.has_variable("batch_stats", name) or not self.has_variable("batch_stats", "mean")
         ]
         return {
             name: self.variable("batch_stats", name, *initial[name]) for name in ("mean", "var", *counting)

@@ -340,7 +340,19 @@ def replace_batch_norm(model: Model, **overrides: Any) -> Model:
             f"settings of jbn.nnx.BatchNorm ({', '.join(settings)})",
             "Check the spelling.",
         )
-    for _, module in list(nnx.iter_modules(model)):
+    modules = [module for _, module in nnx.iter_modules(model)]
+    if counters(overrides.get("momentum", 0.0), overrides.get("debias", False)) and any(
+        type(module) in (nnx.BatchNorm, BatchNorm) and getattr(module, "count", None) is None
+        for module in modules
+    ):
+        raise error(
+            "nnx.replace_batch_norm",
+            "overrides",
+            "momentum=None or debias=True",
+            "layers that have counted their updates from the first one",
+            "Make the model with jbn.nnx.BatchNorm and this option, and load its variables.",
+        )
+    for module in modules:
         layer: Any = module
         if type(module) is nnx.BatchNorm:
             # The class alone: wherever the layer is held, and by however many, it stays one object.
@@ -351,5 +363,4 @@ def replace_batch_norm(model: Model, **overrides: Any) -> Model:
         if type(module) is BatchNorm:
             for name, value in overrides.items():
                 setattr(layer, name, value)
-            _start_counters(layer)
     return model

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jbn
+import jbn.nnx
 from tests.cases import assert_close, assert_trees_close, loosely, tolerance
-from tests.doors import every_door
+from tests.doors import every_door, linen
 
 TOLERANCE = tolerance(np.float32)
 RNG = np.random.default_rng(0)
@@ -232,3 +234,37 @@ def test_a_traced_mode_remembers_alike(door, settings):
         expected = door(PARAMS, BATCH_STATS, ROWS, evaluating, **settings)
         found = jax.jit(lambda flag: door(PARAMS, BATCH_STATS, ROWS, flag, **settings))(jnp.array(evaluating))
         assert_trees_close(found, expected, TOLERANCE)
+
+
+@every_door
+def test_a_momentum_of_1_keeps_and_of_0_forgets_what_is_not_finite(door):
+    x = np.where(np.arange(24).reshape(8, 3) == 4, np.float32(np.nan), PARTS[0])
+    stats = {name: BATCH_STATS[name] for name in ("mean", "var")}
+    assert_trees_close(door(PARAMS, stats, x, momentum=1.0)[1], stats, 0.0)
+    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), stats)
+    assert_close(door(PARAMS, broken, PARTS[0], momentum=0.0)[1]["mean"], PARTS[0].mean(0), TOLERANCE)
+
+
+def test_counters_of_other_dtypes(x64):
+    """As float64 rows and a small integer have them: they come back as they went in, and promote nothing."""
+    stats = BATCH_STATS | {"count": np.int8(3), "rows": np.zeros(3, np.float32)}
+    x = PARTS[0].astype(np.float64)
+    _, new = jbn.batch_norm(PARAMS, stats, x, use_running_average=False, momentum=None)
+    assert (new["count"].dtype, new["rows"].dtype) == (np.int8, np.float32)
+    assert int(new["count"]) == 4
+
+
+def test_a_layer_keeps_rows_in_float32():
+    """In bfloat16, rows would stop at 256 times a batch."""
+    stats = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.ndim else leaf, BATCH_STATS)
+    _, new = linen(PARAMS, stats, PARTS[0], momentum=None)
+    assert new["rows"].dtype == np.float32
+
+
+def test_learned_statistics_without_a_count_are_not_debiased():
+    stats = {name: BATCH_STATS[name] for name in ("mean", "var")}
+    for settings in ({"debias": True}, {"momentum": None}):
+        with pytest.raises(ValueError, match="Expected (count|rows) for"):
+            linen(PARAMS, stats, PARTS[0], **settings)
+        with pytest.raises(ValueError, match="counted their updates from the first one"):
+            jbn.nnx.replace_batch_norm(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), **settings)

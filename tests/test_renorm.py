@@ -101,6 +101,24 @@ def test_limits_follow_a_schedule_without_compiling_again():
     assert len(compiled) == 1
 
 
+def test_limits_that_are_arrays_already_or_wrong_inside_of_jit():
+    run = jax.jit(
+        lambda renorm: jbn.batch_norm(PARAMS, BATCH_STATS, X, use_running_average=False, renorm=renorm)[0]
+    )
+    assert_close(run(jbn.Renorm(1.5, 0.5)), by_hand(PARAMS, X, 1.5, 0.5), TOLERANCE)
+
+    def closed_over(*limits):
+        renorm = jbn.Renorm(*limits)
+        return jax.jit(
+            lambda x: jbn.batch_norm(PARAMS, BATCH_STATS, x, use_running_average=False, renorm=renorm)[0]
+        )(X)
+
+    assert_close(closed_over(jnp.float32(1.5), jnp.float32(0.5)), by_hand(PARAMS, X, 1.5, 0.5), TOLERANCE)
+    for wrong in ((0.5, 0.0), (1.0, jnp.float32(-1))):
+        with pytest.raises(ValueError, match="r_max from 1 and d_max from 0 up"):
+            closed_over(*wrong)
+
+
 @pytest.mark.parametrize("devices", [4, 16])
 def test_devices_share_the_correction(devices):
     def step(x):
