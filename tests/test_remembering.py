@@ -264,7 +264,7 @@ def test_a_layer_keeps_rows_in_float32():
 def test_learned_statistics_without_a_count_are_not_debiased():
     stats = {name: BATCH_STATS[name] for name in ("mean", "var")}
     for settings in ({"debias": True}, {"momentum": None}):
-        with pytest.raises(ValueError, match="Expected (count|rows) for"):
+        with pytest.raises(ValueError, match=r"Expected (count|rows) for"):
             linen(PARAMS, stats, PARTS[0], **settings)
         with pytest.raises(ValueError, match="counted their updates from the first one"):
             jbn.nnx.replace_batch_norm(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), **settings)
