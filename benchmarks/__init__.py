@@ -1,0 +1,1 @@
+"""jbn beside Flax, NNX, Haiku, Equinox and PyTorch, whichever are installed: `python -m benchmarks`."""
