@@ -55,6 +55,10 @@ def recalibration_helps(before, recalibrated, steps, *after):
     return before + 0.2 < recalibrated and min(after) > 0.6
 
 
+def statistics_are_those_of_the_whole_batch(steps, parts, size, accuracy, whole, digit, exponent):
+    return accuracy > 0.7 and whole == parts * size and digit * 10**-exponent < 1e-6
+
+
 @pytest.mark.parametrize(
     ("name", "steps", "true_of"),
     [
@@ -63,6 +67,7 @@ def recalibration_helps(before, recalibrated, steps, *after):
         ("paper_figure1", 400, leads_and_drifts_less),
         ("masked_sequences", 80, all_learn),
         ("finetune_frozen", 40, recalibration_helps),
+        ("gradient_accumulation", 60, statistics_are_those_of_the_whole_batch),
     ],
 )
 def test_examples_say_what_is_true(name, steps, true_of, mnist, tmp_path, monkeypatch, capsys):
