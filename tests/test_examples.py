@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?%?")
 TRAIN_SIZE, TEST_SIZE = 6000, 500
 # What a short run of any example changes, where it has such a constant.
-SMALLER = {"BATCH_SIZE": 32, "TEST_BATCH": TEST_SIZE, "MEASUREMENTS": 2}
+SMALLER = {"BATCH_SIZE": 32, "TEST_BATCH": TEST_SIZE, "MEASUREMENTS": 2, "SIZES": (2, 16, 128)}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,12 @@ def statistics_are_those_of_the_whole_batch(steps, parts, size, accuracy, whole,
     return accuracy > 0.7 and whole == parts * size and digit * 10**-exponent < 1e-6
 
 
+def small_batches_need_help(_, plain, shared, devices, ghost, renorm, large, *numbers):
+    large_plain, _, large_ghost, large_renorm, _, size, together, _, alone = numbers
+    same = large == devices * size and max(abs(together - alone), abs(large_ghost - large_plain)) < 0.01
+    return same and min(alone, large_renorm) > 0.8 and max(plain, ghost) + 0.1 < renorm < shared - 0.05
+
+
 @pytest.mark.parametrize(
     ("name", "steps", "true_of"),
     [
@@ -68,6 +74,7 @@ def statistics_are_those_of_the_whole_batch(steps, parts, size, accuracy, whole,
         ("masked_sequences", 80, all_learn),
         ("finetune_frozen", 40, recalibration_helps),
         ("gradient_accumulation", 60, statistics_are_those_of_the_whole_batch),
+        ("small_batches", 20, small_batches_need_help),
     ],
 )
 def test_examples_say_what_is_true(name, steps, true_of, mnist, tmp_path, monkeypatch, capsys):
