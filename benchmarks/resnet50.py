@@ -50,11 +50,12 @@ def table(names, columns, results):
         rows.append([name])
         for column in columns:
             rows[-1] += cells(results[name, *column], results.get((BASE, *column), {}))
-    return Table(TITLE, ABOUT, header, rows)
+    failed = sorted({result["failed"] for result in results.values() if "failed" in result})
+    return Table(TITLE, " ".join([ABOUT, *failed]), header, rows)
 
 
 def cells(result, base):
     if "failed" in result:
-        return [result["failed"], None]
+        return [None, None]
     relative = f" ({result['moved'] / base['moved']:.3f})" if "moved" in base else ""
     return [f"{result['moved']:.1f}{relative}", result["temporary"]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import textwrap
 
 
 @dataclasses.dataclass
@@ -14,8 +15,12 @@ class Table:
     rows: list[list] = dataclasses.field(default_factory=list)
 
     def markdown(self):
-        head = f"### {self.title}\n\n{self.about}\n"
+        head = f"### {self.title}\n\n{wrapped(self.about)}\n"
         return head + (f"\n{grid(self.header, self.rows)}\n" if self.rows else "")
+
+
+def wrapped(paragraph):
+    return textwrap.fill(" ".join(paragraph.split()), 110, break_long_words=False, break_on_hyphens=False)
 
 
 def missing(title, reason):
@@ -41,7 +46,7 @@ def text(cell):
 
 def section(name, facts, tables):
     """Everything under one `## name`: when and with what, then the tables."""
-    return "\n".join([f"## {name}\n", facts + "\n", *(table.markdown() for table in tables)])
+    return "\n".join([f"## {name}\n", wrapped(facts) + "\n", *(table.markdown() for table in tables)])
 
 
 def replaced(document, name, new, order):
