@@ -127,5 +127,10 @@ def merge(*moments: Moments) -> Moments:
             "one or more jbn.Moments of one shape",
             "Merge the moments of one layer, as from jbn.moments(x).",
         )
-    count, mean, var = (jnp.stack([getattr(m, name) for m in moments]) for name in ("count", "mean", "var"))
+    return merge_stacked(jax.tree.map(lambda *parts: jnp.stack(parts), *moments))
+
+
+def merge_stacked(moments: Moments) -> Moments:
+    """`merge` of moments along a first axis, which may be sharded."""
+    count, mean, var = moments.count, moments.mean, moments.var
     return to_moments(merge_measured(Measured(count, count, mean, jnp.zeros_like(mean), var)), ())

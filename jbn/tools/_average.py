@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from jbn._checks import error
-from jbn._measure import dot
+from jbn._moments import Moments, merge_stacked
 from jbn._running import moving_average
 from jbn._types import describe, wide, working
 from jbn.tools._trees import Path, Variables, at, collections, dotted, rebuilt, some, with_statistics
@@ -99,16 +99,11 @@ def _merged(call: str, stats: Any, axis: int) -> Any:
 
 
 def _pooled(means: Array, variances: Array, axis: int) -> tuple[Array, Array]:
-    """Reduced along the axis as it is: one that is sharded cannot be cut. About a shift, as in the core."""
-    wider = means.astype(working(means.dtype, variances.dtype))
-    shift = jnp.max(wider, axis, keepdims=True)
-    rest = jnp.mean(wider - shift, axis, keepdims=True)
-    apart = wider - shift - rest
-    spread = variances.astype(wide(wider.dtype)) + dot(apart, apart)
-    return (
-        jnp.squeeze(shift + rest, axis).astype(means.dtype),
-        jnp.mean(spread, axis).astype(variances.dtype),
-    )
+    """Mean and variance of all replicas together, each of which weighs the same."""
+    mean = jnp.moveaxis(means.astype(working(means.dtype, variances.dtype)), axis, 0)
+    var = jnp.moveaxis(variances.astype(wide(mean.dtype)), axis, 0)
+    merged = merge_stacked(Moments(jnp.ones_like(var), mean, var))
+    return merged.mean.astype(means.dtype), merged.var.astype(variances.dtype)
 
 
 def ema(average: Model, new: Model, decay: float | Array) -> Model:
