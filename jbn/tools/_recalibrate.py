@@ -1,5 +1,6 @@
 """Statistics of a data stream: moments of many batches, pooled exactly."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -129,38 +130,25 @@ def recalibrate(
 
 def _check(apply_fn: Any, layers: Any, batches: Any, max_batches: Any, tolerance: Any) -> None:
     """What would fail late, or not at all."""
-    stream = isinstance(batches, Iterable) and not isinstance(batches, (Mapping, str, np.ndarray, jax.Array))
-    whole = isinstance(max_batches, (int, np.integer)) and max_batches >= 1
-    number = isinstance(tolerance, (int, float, np.integer, np.floating)) and tolerance >= 0
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layers))
+    refused = functools.partial(error, "tools.recalibrate")
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layers)):
+        fix = "Call it outside of jit, grad and scan: it compiles apply_fn by itself."
+        raise refused("variables", "traced", "arrays with values", fix)
+    if not callable(apply_fn):
+        expected = "a function that runs the model in training mode"
+        fix = "Pass model.apply, or a function around it, and for NNX lambda model, x: model(x)."
+        raise refused("apply_fn", describe(apply_fn), expected, fix)
+    if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, str, np.ndarray, jax.Array)):
+        got = "a dict" if isinstance(batches, Mapping) else describe(batches)
+        fix = "Pass a list or a generator; for a single batch, [batch]."
+        raise refused("batches", got, "batches, one after the other", fix)
     every = "None takes all batches."
-    for good, argument, got, expected, fix in (
-        (
-            not traced,
-            "variables",
-            "traced",
-            "arrays with values",
-            "Call it outside of jit, grad and scan: it compiles apply_fn by itself.",
-        ),
-        (
-            callable(apply_fn),
-            "apply_fn",
-            describe(apply_fn),
-            "a function that runs the model in training mode",
-            "Pass model.apply, or a function around it, and for NNX lambda model, x: model(x).",
-        ),
-        (
-            stream,
-            "batches",
-            "a dict" if isinstance(batches, Mapping) else describe(batches),
-            "batches, one after the other",
-            "Pass a list or a generator; for a single batch, [batch].",
-        ),
-        (max_batches is None or whole, "max_batches", repr(max_batches), "an integer from 1 up", every),
-        (tolerance is None or number, "tolerance", repr(tolerance), "a number from 0 up", every),
-    ):
-        if not good:
-            raise error("tools.recalibrate", argument, got, expected, fix)
+    whole = isinstance(max_batches, (int, np.integer)) and max_batches >= 1
+    if not (max_batches is None or whole):
+        raise refused("max_batches", repr(max_batches), "an integer from 1 up", every)
+    number = isinstance(tolerance, (int, float, np.integer, np.floating)) and tolerance >= 0
+    if not (tolerance is None or number):
+        raise refused("tolerance", repr(tolerance), "a number from 0 up", every)
 
 
 def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
