@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jbn._checks import naming
 from jbn._measure import inverse_deviation
 from jbn._types import Axes, Dtype, wide
 from jbn.tools._fold import check_fold, folded, stored, times
-from jbn.tools._trees import Layer, Path, Variables, batch_norms, collections, dotted, rebuilt
+from jbn.tools._trees import Layer, Path, Variables, batch_norms, collections, shown, with_values
 
 Model = TypeVar("Model", bound=Variables)
 
@@ -36,33 +36,24 @@ class Pair(NamedTuple):
         return f"{shown(self.layer)} -> {shown(self.norm)}"
 
 
-def shown(path: Path) -> str:
-    """A path for people, also that of the model itself."""
-    return dotted(path) or "the model itself"
-
-
 def folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
     """The model with these pairs folded."""
-    trees = collections(FOLD_VARIABLES, variables)
     layers, norms = layers_and_norms(variables)
+    params, stats = {}, {}
     for pair in pairs:
         with naming(f"jbn.{FOLD_VARIABLES} {pair.name!r}"):
-            layer, norm = _absorbed(layers[pair.layer], norms[pair.norm], pair.epsilon, pair.axis)
-        _put(trees, pair.layer, params=layer)
-        _put(trees, pair.norm, **norm._asdict())
-    return _rebuilt(variables, trees)
+            params[pair.layer], norm = _absorbed(
+                layers[pair.layer], norms[pair.norm], pair.epsilon, pair.axis
+            )
+        params[pair.norm], stats[pair.norm] = norm
+    new: Model = with_values(FOLD_VARIABLES, variables, params=params, batch_stats=stats)
+    return new
 
 
 def with_norm(variables: Model, path: Path, norm: Layer) -> Model:
     """The model with other values in one batch norm."""
-    trees = collections(FOLD_VARIABLES, variables)
-    _put(trees, path, **norm._asdict())
-    return _rebuilt(variables, trees)
-
-
-def _rebuilt(variables: Model, trees: Mapping[str, Any]) -> Model:
-    changed = {name: trees[name] for name in ("params", "batch_stats") if name in trees}
-    new: Model = rebuilt(variables, **changed)
+    values = {name: {path: entries} for name, entries in norm._asdict().items()}
+    new: Model = with_values(FOLD_VARIABLES, variables, **values)
     return new
 
 
@@ -117,9 +108,3 @@ def _held(offset: Array, dtype: Dtype) -> tuple[Array, Array]:
     if jnp.iscomplexobj(offset) and not jnp.issubdtype(dtype, jnp.complexfloating):
         return nothing.real.astype(dtype), offset
     return offset.astype(dtype), nothing
-
-
-def _put(trees: Any, path: Path, **collections: Mapping[str, Array]) -> None:
-    for collection, values in collections.items():
-        for name, value in values.items():
-            functools.reduce(lambda node, key: node[key], path, trees[collection])[name] = value

@@ -12,7 +12,7 @@ from jbn.tools._trees import (
     at,
     batch_norms,
     moments_of,
-    with_batch_stats,
+    with_values,
     without_batch_moments,
 )
 
@@ -67,5 +67,5 @@ def apply_moments(variables: Model, moments: Any = None, *, momentum: float | ja
         old = layers[path].batch_stats
         with naming(f"jbn.{at(call, path)}"):
             stats[path] = update(old | kept(old, batch.mean), batch, momentum=momentum)
-    new: Model = with_batch_stats(call, variables, stats)
+    new: Model = with_values(call, variables, batch_stats=stats)
     return without_batch_moments(call, new) if given is variables else new

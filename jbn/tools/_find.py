@@ -19,8 +19,7 @@ import jbn.linen
 import jbn.nnx
 from jbn._checks import error
 from jbn._types import describe
-from jbn.tools._absorb import shown
-from jbn.tools._trees import Layer, Path, Variables, dotted
+from jbn.tools._trees import Layer, Path, Variables, dotted, shown
 
 _LAYERS: tuple[Any, ...] = (
     *(nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose),

@@ -26,7 +26,7 @@ from jbn.tools._trees import (
     batch_norms,
     dotted,
     some,
-    with_batch_stats,
+    with_values,
 )
 
 Model = TypeVar("Model", bound=Variables)
@@ -124,7 +124,7 @@ def recalibrate(
         )
     _warn(layers, moments)
     stats = {path: _replaced(layers[path], batch) for path, batch in moments.items()}
-    new: Model = with_batch_stats(call, variables, stats)
+    new: Model = with_values(call, variables, batch_stats=stats)
     return new
 
 

@@ -68,11 +68,14 @@ def rebuilt(variables: Variables, **changed: Any) -> Any:
     return model
 
 
-def with_batch_stats(call: str, variables: Any, new: Mapping[Path, Mapping[str, Array]]) -> Any:
-    """A model with other statistics in some layers."""
-    stats = flatten_dict(collections(call, variables)["batch_stats"])
-    stats |= {(*path, name): value for path, layer in new.items() for name, value in layer.items()}
-    return rebuilt(variables, batch_stats=unflatten_dict(stats))
+def with_values(call: str, variables: Any, **new: Mapping[Path, Mapping[str, Array]]) -> Any:
+    """A model with other values at some paths of its collections."""
+    trees, changed = collections(call, variables), {}
+    for name, layers in new.items():
+        values = {(*path, entry): value for path, layer in layers.items() for entry, value in layer.items()}
+        if values:
+            changed[name] = unflatten_dict(flatten_dict(trees[name], keep_empty_nodes=True) | values)
+    return rebuilt(variables, **changed)
 
 
 def without_batch_moments(call: str, variables: Any) -> Any:
@@ -159,6 +162,11 @@ def dotted(path: Path) -> str:
 def at(call: str, path: Path) -> str:
     """The name of a call in errors about one layer."""
     return f"{call} {dotted(path)!r}" if path else call
+
+
+def shown(path: Path) -> str:
+    """A path for people, also that of the model itself."""
+    return some([dotted(path)])
 
 
 def some(paths: Sequence[str], most: int = 4) -> str:
