@@ -169,7 +169,12 @@ def over_devices(local: Measured, reduction: Reduction) -> Measured:
     """The moments of the rows of all devices, the same on each of them."""
     if jnp.iscomplexobj(local.rest):
         total, values, shift, rest, var = local
-        pairs = ((total, total), (values, values), *((p.real, p.imag) for p in (shift, rest)), (var, 0 * var))
+        pairs = (
+            (total, total),
+            (values, values),
+            *((p.real, p.imag) for p in (shift, rest)),
+            (var, jnp.zeros_like(var)),
+        )
         return _joined(over_devices(Measured(*map(jnp.stack, pairs)), reduction))
     devices = reduction.size
     if devices > _TABLE_DEVICES:

@@ -212,8 +212,7 @@ class BatchNorm(nn.Module):
 
     def _running(self, x: X, features: tuple[int, ...]) -> dict[str, nn.Variable[Array]]:
         """The running statistics. After the parameters, whose keys are then those that Flax gives."""
-        may_start = self.is_mutable_collection("batch_stats")
-        if not (may_start or self.has_variable("batch_stats", "mean")):
+        if not self.has_variable("batch_stats", "mean") and not self.is_mutable_collection("batch_stats"):
             raise error(
                 "linen.BatchNorm",
                 "batch_stats",

@@ -155,8 +155,10 @@ class BatchNorm(nnx.Module):
             jnp.ones(shape, jnp.float32) if var_init is None else var_init(rngs.params(), shape, jnp.float32)
         )
         self.mean, self.var = nnx.BatchStat(mean), nnx.BatchStat(var)
-        self.count: nnx.BatchStat[Array] | None = nnx.data(None)
-        self.rows: nnx.BatchStat[Array] | None = nnx.data(None)
+        counting = bool(counters(momentum, debias))
+        count, rows = jnp.zeros((), jnp.int32), jnp.zeros(shape, jnp.float32)
+        self.count = nnx.data(nnx.BatchStat(count) if counting else None)
+        self.rows = nnx.data(nnx.BatchStat(rows) if counting else None)
         self.batch_moments: BatchMoments | None = nnx.data(None)
         self.num_features = num_features
         self.use_running_average = use_running_average
@@ -178,7 +180,6 @@ class BatchNorm(nnx.Module):
         self.virtual_batch_size = virtual_batch_size
         self.renorm = renorm
         self.activation = activation
-        _start_counters(self)
 
     def __call__(
         self,
@@ -273,14 +274,6 @@ class BatchNorm(nnx.Module):
 
         with jax.numpy_dtype_promotion("standard"):  # also where promotion is strict
             return jax.eval_shape(a_value, arrays).dtype
-
-
-def _start_counters(layer: BatchNorm) -> None:
-    """Variables for count and rows, if the options need them, and Flax's variables alone if not."""
-    for name in ("count", "rows"):
-        if getattr(layer, name) is None and name in counters(layer.momentum, layer.debias):
-            value = jnp.zeros((), jnp.int32) if name == "count" else jnp.zeros_like(layer.var[...])
-            setattr(layer, name, nnx.BatchStat(value))
 
 
 def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
