@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jbn
-import jbn.linen
+from tests import doors
 from tests.cases import assert_close, assert_trees_close, tolerance
 
 TOLERANCE = tolerance(np.float32)
@@ -19,15 +19,11 @@ MASK = np.arange(8) < 5
 
 
 def core(batch_stats, x, flag=False, params=None, **settings):
-    return jbn.batch_norm(params, batch_stats, x, use_running_average=flag, **settings)
+    return doors.core(params or {}, batch_stats, x, flag, **settings)
 
 
 def linen(batch_stats, x, flag=False, params=None, **settings):
-    call = {"mask": settings.pop("mask")} if "mask" in settings else {}
-    layer = jbn.linen.BatchNorm(use_scale=params is not None, use_bias=params is not None, **settings)
-    variables = {"batch_stats": batch_stats} | ({} if params is None else {"params": params})
-    y, new = layer.apply(variables, x, use_running_average=flag, mutable=["batch_stats"], **call)
-    return y, new["batch_stats"]
+    return doors.linen(params or {}, batch_stats, x, flag, **settings)
 
 
 both = pytest.mark.parametrize("door", [core, linen])
