@@ -1,5 +1,7 @@
 """How long it takes to trace and compile many layers, and that it is linear in their number."""
 
+from statistics import median
+
 from benchmarks import timing
 from benchmarks.tables import Table
 
@@ -32,7 +34,7 @@ def compared(layers, rounds):
     for name in times:
         lowering, compiling = zip(*parts[name][1:], strict=True)
         both = {key: [sum(pair) for pair in found[1:]] for key, found in parts.items()}
-        cells = [timing.median(values) for values in (lowering, compiling, both[name])]
+        cells = [median(values) for values in (lowering, compiling, both[name])]
         rows.append([name, *cells, timing.shown(timing.ratio(both, name, "Flax"))])
     header = ["layer", "trace and lower, s", "compile, s", "both, s", "ratio to Flax"]
     return Table("Compile time", ABOUT.format(layers=layers, rounds=rounds), header, rows)
@@ -47,7 +49,7 @@ def growth(numbers, rounds):
         rows.append([layers])
         for name in names:
             found = [sum(seconds(contestants.named(name), layers)) for _ in range(rounds)]
-            rows[-1] += [timing.median(found), 1e3 * timing.median(found) / layers]
+            rows[-1] += [median(found), 1e3 * median(found) / layers]
     header = ["blocks", *(text for name in names for text in (f"{name}, s", f"{name}, ms per block"))]
     return Table("Compile time by number of blocks", GROWTH.format(rounds=rounds), header, rows)
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-import statistics
+from statistics import geometric_mean, median
 
 from benchmarks import timing
 from benchmarks.tables import Table
@@ -39,10 +39,8 @@ def ratios(shapes, rounds):
                 found[name].append(compared[name][0])
             found["best"].append(compared["jbn"][0] / best)
             cells = [timing.shown(compared[name]) for name in names if name != BASE]
-            rows.append(
-                [str(list(shape)), dtype, 1e3 * timing.median(times[BASE]), *cells, found["best"][-1]]
-            )
-    means = [f"{statistics.geometric_mean(found[name]):.2f}" for name in (*names, "best") if name != BASE]
+            rows.append([str(list(shape)), dtype, 1e3 * median(times[BASE]), *cells, found["best"][-1]])
+    means = [f"{geometric_mean(found[name]):.2f}" for name in (*names, "best") if name != BASE]
     rows.append(["geometric mean", "", None, *means])
     header = [
         "x",
@@ -99,7 +97,7 @@ def growth(megabytes, rounds):
         elements, cells = math.prod(shape), []
         for name in names:  # one by one: the largest are some gigabytes each
             times = timing.interleaved(runs(shape, "float32", name), rounds, before=1)
-            cells.append(1e9 * timing.median(times[name]) / elements)
+            cells.append(1e9 * median(times[name]) / elements)
         arrays.cache_clear()
         rows.append([f"{4e-6 * elements:.1f} MB", *cells])
     return Table("Time per element", GROWTH.format(rounds=rounds), ["x", *names], rows)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from statistics import median
 
 from benchmarks import timing
 from benchmarks.tables import Table, missing
@@ -29,7 +30,7 @@ def tables(quick=False):
 def measured(device, shapes, rounds, copy_bytes):
     """A table for each program; runs on any device."""
     bandwidth = (
-        2 * copy_bytes / timing.median(timing.interleaved({"copy": copy(copy_bytes)}, rounds)["copy"]) * CALLS
+        2 * copy_bytes / median(timing.interleaved({"copy": copy(copy_bytes)}, rounds)["copy"]) * CALLS
     )
     found = []
     for program in ("forward", "forward + backward"):
@@ -39,8 +40,7 @@ def measured(device, shapes, rounds, copy_bytes):
                 times = timing.interleaved(runs(shape, dtype, program), rounds)
                 one_pass = math.prod(shape) * (2 if dtype == "bfloat16" else 4)
                 cells = {
-                    name: cell(timing.median(spent) / CALLS, one_pass / bandwidth)
-                    for name, spent in times.items()
+                    name: cell(median(spent) / CALLS, one_pass / bandwidth) for name, spent in times.items()
                 }
                 rows.append([str(list(shape)), dtype, *cells.values()])
         facts = {"device": device.device_kind, "program": program, "rounds": rounds, "calls": CALLS}

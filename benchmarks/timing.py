@@ -1,7 +1,7 @@
 """Times that can be compared although a machine is noisy: interleaved in one process, medians, quartiles."""
 
-import statistics
 import time
+from statistics import median, quantiles
 
 
 def interleaved(runs, rounds, before=3):
@@ -22,12 +22,8 @@ def interleaved(runs, rounds, before=3):
 def ratio(times, name, base):
     """The ratio of the medians, with the quartiles of the ratios of single rounds as its spread."""
     single = [a / b for a, b in zip(times[name], times[base], strict=True)]
-    low, _, high = statistics.quantiles(single, n=4) if len(single) > 1 else [single[0]] * 3
+    low, _, high = quantiles(single, n=4) if len(single) > 1 else [single[0]] * 3
     return median(times[name]) / median(times[base]), low, high
-
-
-def median(values):
-    return statistics.median(values)
 
 
 def shown(found):
