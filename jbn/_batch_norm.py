@@ -156,12 +156,14 @@ def batch_norm(
         rows of all devices that take part.
       debias: whether evaluation (and renorm) divides out what is left of the initial 0 and 1:
         `mean / (1 - momentum^count)`, `(var - momentum^count) / (1 - momentum^count)` (Kingma and Ba 2014,
-        arXiv 1412.6980, section 3). After one update it uses that batch's statistics. Needs `count`.
+        arXiv 1412.6980, section 3). After one update it uses that batch's statistics, to the rounding of
+        what is stored over 1 - momentum. Needs `count`.
       skip_nonfinite: whether a batch whose statistics hold NaN or inf in any channel updates nothing, on all
-        devices alike.
+        devices that normalize together.
 
       What happens after:
-      residual: added to y; x's rank, and broadcasts to x. Taken in y's dtype.
+      residual: added to y; x's rank, and broadcasts to x. Taken in y's dtype, and not masked: what it holds
+        where x is masked, is added too.
       activation: "relu" gives `relu(y + residual)`: the values and gradients of the separate operations, of
         which the backward pass keeps nothing but the result.
       dtype: of y; None: x's.
@@ -249,10 +251,15 @@ def run(
     if batch_stats is None:
         return y, batch_stats, moments
     seen = lax.squeeze(measured.values > 1, axes)
-    if options.skip_nonfinite:
-        seen &= jnp.all(jnp.isfinite(moments.mean) & jnp.isfinite(moments.var))
     # Any: of the type of batch_stats
-    new_stats: Any = remember(batch_stats, moments, options.momentum, seen, options.unbiased)
+    new_stats: Any = remember(
+        batch_stats,
+        moments,
+        options.momentum,
+        seen,
+        unbiased=options.unbiased,
+        skip_nonfinite=options.skip_nonfinite,
+    )
     if evaluating is not False:
         select: Any = functools.partial(jnp.where, evaluating)
         y = select(_evaluate(config, inputs, batch_stats, options), y)

@@ -137,13 +137,14 @@ def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> Non
         shape = () if name == "count" else feature_shape(x, axes)
         if jnp.shape(value) != shape:
             raise error(call, f"batch_stats[{name!r}]", describe(value), f"shape {shape}", _RIGHT_SIZE)
-        if name != "count" and not jnp.issubdtype(jnp.asarray(value).dtype, jnp.inexact):
+        kind = "integer" if name == "count" else "inexact"
+        if not jnp.issubdtype(jnp.asarray(value).dtype, getattr(jnp, kind)):
             raise error(
                 call,
                 f"batch_stats[{name!r}]",
                 describe(value),
-                "a floating dtype",
-                "An integer could not hold an average: keep statistics in float32.",
+                "an integer dtype" if name == "count" else "a floating dtype",
+                "Averages are kept in float32, the number of updates in int32.",
             )
     if jnp.iscomplexobj(x) and not jnp.iscomplexobj(stats["mean"]):
         raise error(

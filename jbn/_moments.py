@@ -127,7 +127,8 @@ def merge(*moments: Moments) -> Moments:
             "one or more jbn.Moments of one shape",
             "Merge the moments of one layer, as from jbn.moments(x).",
         )
-    return merge_stacked(jax.tree.map(lambda *parts: jnp.stack(parts), *moments))
+    with jax.numpy_dtype_promotion("standard"):  # real and complex moments have a common dtype, always
+        return merge_stacked(jax.tree.map(lambda *parts: jnp.stack(parts), *moments))
 
 
 def merge_stacked(moments: Moments) -> Moments:

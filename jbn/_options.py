@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
 from jbn._checks import (
@@ -19,7 +20,7 @@ from jbn._checks import (
     fits,
 )
 from jbn._renorm import Renorm
-from jbn._types import Axes, AxisIndexGroups, AxisName, BatchStats, X, describe, sharded_like
+from jbn._types import Axes, AxisIndexGroups, AxisName, BatchStats, X, across, describe, sharded_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,15 @@ def check_several(
             f"a divisor of the {examples} examples",
             "Drop the last batch of an epoch, or pad it to the full size and pass mask.",
         )
+    groups, devices = examples // size, across(x, axes[0])
+    if groups > 1 and groups % devices:
+        raise error(
+            call,
+            "virtual_batch_size",
+            f"{size}, {groups} groups on {devices} devices",
+            "groups that lie on one device each",
+            f"Use {examples // devices} or a divisor of it: the mesh axes of x are explicit.",
+        )
     if certain and weights is None and size == 1 and all(x.shape[axis] == 1 for axis in axes[1:]):
         raise error(
             call,
@@ -143,22 +153,27 @@ def check_counters(
                 "batch_stats",
                 f"a mapping with {', '.join(batch_stats)}",
                 f"{name} for {reason}",
-                "Make them with jbn.init(features, count=True).",
+                "Begin with it: layers make it in init, and jbn.init(features, count=True) does.",
             )
+
+
+def check_start(call: str, options: Options, mean_init: Any, var_init: Any) -> None:
+    """With debias, the initial statistics 0 and 1: they are what is divided out."""
+    if options.debias and (mean_init not in (None, zeros) or var_init not in (None, ones)):
+        raise error(
+            call,
+            "debias",
+            "True with a mean_init or var_init of your own",
+            "initial statistics 0 and 1, which debiased evaluation divides out",
+            "Leave one of them out.",
+        )
 
 
 def _check_debias(
     call: str, momentum: float | Array | None, weights: Array | None, axes: tuple[int, ...]
 ) -> None:
     """One momentum, and updates of all channels alike: else their count does not say what is left."""
-    if isinstance(momentum, (jax.Array, np.ndarray)):
-        raise error(
-            call,
-            "momentum",
-            f"{describe(momentum)} with debias=True",
-            "a number, or None",
-            "What is left of the initial statistics is known for a momentum that stays the same.",
-        )
+    check_constant(call, momentum)
     if weights is not None and any(size != 1 for axis, size in enumerate(weights.shape) if axis not in axes):
         raise error(
             call,
@@ -166,6 +181,18 @@ def _check_debias(
             f"{describe(weights)} with debias=True",
             "one for all channels",
             "count is one number for all of them: use momentum=None, which counts by channel.",
+        )
+
+
+def check_constant(call: str, momentum: float | Array | None) -> None:
+    """A momentum for debiasing."""
+    if isinstance(momentum, (jax.Array, np.ndarray)):
+        raise error(
+            call,
+            "momentum",
+            f"{describe(momentum)}, to debias with",
+            "a number, or None",
+            "What is left of the initial statistics is known for a momentum that stays the same.",
         )
 
 

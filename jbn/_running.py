@@ -10,10 +10,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jbn._checks import check_batch_stats, check_momentum, check_static
+from jbn._checks import check_batch_stats, check_momentum, check_static, error
 from jbn._moments import Moments, merge
 from jbn._options import check_counters
-from jbn._types import BatchStats, sharded_like, wide, working
+from jbn._types import BatchStats, describe, sharded_like, wide, working
+
+MANY = 2**30
+"""From so many updates on a count stands for updates without end: i32 has room for as many more."""
 
 
 def update(
@@ -22,6 +25,7 @@ def update(
     *,
     momentum: float | Array | None = 0.99,
     unbiased: bool = False,
+    skip_nonfinite: bool = False,
 ) -> BatchStats:
     """Running statistics after a batch with these moments.
 
@@ -36,6 +40,7 @@ def update(
       momentum: from 0 (the batch replaces the old) to 1 (the old stays); may be a traced scalar. None is
         cumulative: the statistics of all rows so far, pooled as in `jbn.merge`; needs `rows`.
       unbiased: whether the variance that is stored is multiplied by n / (n - 1).
+      skip_nonfinite: whether moments with NaN or inf in any channel update nothing.
 
     Returns:
       New batch_stats: the same structure, shapes and dtypes; computed in float32 or wider.
@@ -53,10 +58,15 @@ def update(
     Reference: Ioffe and Szegedy 2015, arXiv 1502.03167, section 3.1.
     """
     check_momentum("update", momentum)
-    check_static("update", "unbiased", unbiased)
+    for name, choice in (("unbiased", unbiased), ("skip_nonfinite", skip_nonfinite)):
+        check_static("update", name, choice)
+    if not isinstance(moments, Moments):
+        raise error("update", "moments", describe(moments), "jbn.Moments", "Measure x: jbn.moments(x).")
     check_batch_stats("update", batch_stats, moments.mean, ())
     check_counters("update", batch_stats, momentum, debias=False, training=True)
-    return remember(batch_stats, moments, momentum, moments.count > 0, unbiased)
+    return remember(
+        batch_stats, moments, momentum, moments.count > 0, unbiased=unbiased, skip_nonfinite=skip_nonfinite
+    )
 
 
 def remember(
@@ -64,23 +74,29 @@ def remember(
     moments: Moments,
     momentum: float | Array | None,
     seen: Bool[Array, "*C"],
-    unbiased: bool = False,
+    *,
+    unbiased: bool,
+    skip_nonfinite: bool,
 ) -> BatchStats:
     """`update` for the channels where `seen`; the others keep their statistics."""
     # Both shares are rounded once: 1 - momentum taken in float32 would be off by 6e-6 of itself at 0.99.
     shares = None if momentum is None else (momentum, 1 - momentum)
-    new_stats: BatchStats = _remember(batch_stats, moments, shares, seen, unbiased)
+    new_stats: BatchStats = _remember(batch_stats, moments, shares, seen, unbiased, skip_nonfinite)
     return new_stats
 
 
-@functools.partial(jax.jit, static_argnames="unbiased", inline=True)
+@functools.partial(jax.jit, static_argnames=("unbiased", "skip_nonfinite"), inline=True)
 def _remember(
     batch_stats: BatchStats,
     moments: Moments,
     shares: tuple[Array, Array] | None,
     seen: Bool[Array, "*C"],
     unbiased: bool,
+    skip_nonfinite: bool,
 ) -> BatchStats:
+    if skip_nonfinite:  # by the dtype in which they are kept: what is finite here, float16 may not hold
+        for name in ("mean", "var"):
+            seen &= jnp.all(jnp.isfinite(getattr(moments, name).astype(batch_stats[name].dtype)))
     moments, seen = jax.tree.map(lambda part: sharded_like(part, batch_stats["mean"]), (moments, seen))
     if shares is None:
         mean, var = _cumulative(batch_stats, moments, unbiased)
@@ -136,6 +152,7 @@ def debiased(batch_stats: BatchStats, momentum: Any) -> BatchStats:
     if momentum is None or momentum == 1:
         return batch_stats
     kind, count = wide(var.dtype), batch_stats["count"]
+    count = jnp.expand_dims(count, range(count.ndim, var.ndim))  # one of each layer, if layers are stacked
     log_share = jnp.maximum(count, 1).astype(kind) * np.asarray(
         math.log(momentum) if momentum else -np.inf, kind
     )
@@ -144,6 +161,11 @@ def debiased(batch_stats: BatchStats, momentum: Any) -> BatchStats:
     learned = jnp.where(updated, -jnp.expm1(log_share), jnp.ones_like(log_share))  # 1 - share, to all digits
     mean = mean.astype(working(mean.dtype, kind)) / learned
     return {"mean": mean, "var": jnp.maximum((var.astype(kind) - share) / learned, 0)}
+
+
+def settled(count: Array) -> Array:
+    """A count of updates without end, after which nothing is left of initial statistics."""
+    return jnp.full_like(count, jnp.iinfo(count.dtype).max // 2 + 1)
 
 
 def moving_average(old: Array, new: Array, shares: tuple[float | Array, float | Array]) -> Array:

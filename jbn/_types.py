@@ -3,6 +3,7 @@
 Everything here is a name for something; nothing computes.
 """
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -71,6 +72,13 @@ def spec(x: X) -> tuple[Any, ...]:
     """Per axis of x, the explicit mesh axes it is sharded over, or None: all that shows while tracing."""
     known = tuple(jax.typeof(x).sharding.spec)
     return known + (None,) * (x.ndim - len(known))
+
+
+def across(x: X, axis: int) -> int:
+    """How many devices an axis of x is cut over by explicit mesh axes."""
+    names = spec(x)[axis]
+    names = names if isinstance(names, tuple) else () if names is None else (names,)
+    return math.prod(jax.typeof(x).sharding.mesh.shape[name] for name in names)
 
 
 def sharded_like(value: Array, x: X) -> Array:

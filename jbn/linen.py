@@ -19,7 +19,7 @@ from jaxtyping import Array
 from jbn._batch_norm import run
 from jbn._checks import check_flag, check_static, check_x, error, feature_shape, naming
 from jbn._moments import Moments, merge
-from jbn._options import Options, counters
+from jbn._options import Options, check_start, counters
 from jbn._renorm import Renorm
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
 
@@ -220,6 +220,7 @@ class BatchNorm(nn.Module):
                 "the collection that init returned, or that training updated",
                 "Pass it beside the parameters: apply({'params': params, 'batch_stats': batch_stats}, ...).",
             )
+        check_start("linen.BatchNorm", Options.of(self), self.mean_init, self.var_init)
         kind = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
         key = self.make_rng("params") if self.has_rng("params") else None
         initial: dict[str, tuple[Any, ...]] = {

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jbn._batch_norm import run
 from jbn._checks import check_flag, check_static, error, naming
 from jbn._moments import Moments, merge
-from jbn._options import Options, counters
+from jbn._options import Options, check_start, counters
 from jbn._renorm import Renorm
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
 
@@ -62,7 +62,7 @@ class BatchNorm(nnx.Module):
         and an argument of the call has precedence.
       axis: the feature axis.
       momentum: weighs the OLD statistics, `new = momentum * old + (1 - momentum) * batch`; None: all rows.
-        A schedule sets `layer.momentum = nnx.data(value)` to a scalar array, from the first value on.
+        For a schedule start with a scalar array, and then set `layer.momentum` to the next ones.
       epsilon: added to the variance.
       dtype: of y; None: the one that x, the statistics, scale and bias promote to.
       param_dtype: of scale and bias.
@@ -86,7 +86,7 @@ class BatchNorm(nnx.Module):
       debias: whether evaluation divides out what is left of the initial 0 and 1.
       skip_nonfinite: whether a batch whose statistics hold NaN or inf updates nothing.
       virtual_batch_size: examples that are normalized together (ghost batch norm).
-      renorm: limits of batch renormalization; a schedule sets `layer.renorm = nnx.data(jbn.Renorm(...))`.
+      renorm: limits of batch renormalization; for a schedule they are scalar arrays from the start on.
       activation: "relu" gives `relu(y + residual)`.
 
     The last six are explained at `jbn.batch_norm`. `momentum=None` and `debias` add the variables `count` and
@@ -163,7 +163,7 @@ class BatchNorm(nnx.Module):
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
-        self.momentum = momentum
+        self.momentum = _setting(momentum)
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -178,8 +178,10 @@ class BatchNorm(nnx.Module):
         self.debias = debias
         self.skip_nonfinite = skip_nonfinite
         self.virtual_batch_size = virtual_batch_size
-        self.renorm = renorm
+        self.renorm = _setting(renorm)
         self.activation = activation
+        with naming(f"jbn.nnx.BatchNorm of {num_features} features"):
+            check_start("nnx.BatchNorm", Options.of(self), mean_init, var_init)
 
     def __call__(
         self,
@@ -355,5 +357,10 @@ def replace_batch_norm(model: Model, **overrides: Any) -> Model:
                 setattr(layer, name, value)
         if type(module) is BatchNorm:
             for name, value in overrides.items():
-                setattr(layer, name, value)
+                setattr(layer, name, _setting(value))
     return model
+
+
+def _setting(value: Any) -> Any:
+    """An attribute of a layer: arrays, as schedules give them, are data for NNX, and no constants."""
+    return nnx.data(value) if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)) else value

@@ -268,3 +268,48 @@ def test_learned_statistics_without_a_count_are_not_debiased():
             linen(PARAMS, stats, PARTS[0], **settings)
         with pytest.raises(ValueError, match="counted their updates from the first one"):
             jbn.nnx.replace_batch_norm(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), **settings)
+
+
+def test_statistics_that_float16_cannot_hold_are_skipped():
+    stats = {name: value.astype(np.float16) for name, value in jbn.init(3)[1].items()}
+    x = np.stack([np.full(3, 1e4, np.float32), np.zeros(3, np.float32)])  # a variance of 2.5e7
+    settings = {"use_running_average": False, "skip_nonfinite": True}
+    assert_trees_close(jbn.batch_norm(None, stats, x, **settings)[1], stats, 0.0)
+    assert_trees_close(jbn.update(stats, jbn.moments(x), skip_nonfinite=True), stats, 0.0)
+
+
+@pytest.mark.parametrize("how", ["constructor", "replaced"])
+def test_nnx_layers_take_schedules(how):
+    settings = {
+        "momentum": jnp.float32(0.5),
+        "renorm": jbn.Renorm(jnp.float32(1.0), jnp.float32(0.0)),
+    }
+    if how == "constructor":
+        layer = jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **settings)
+    else:
+        layer = jbn.nnx.replace_batch_norm(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), **settings)
+    traces = []
+
+    @nnx.jit
+    def train(layer, x):
+        traces.append(1)
+        return layer(x)
+
+    with loosely():
+        train(layer, PARTS[0])
+        assert_close(layer.mean[...], 0.5 * PARTS[0].mean(0), TOLERANCE)
+        layer.momentum = jnp.float32(0.0)
+        layer.renorm = jbn.Renorm(jnp.float32(3.0), jnp.float32(1e3))
+        y = train(layer, PARTS[0])
+    assert_close(layer.mean[...], PARTS[0].mean(0), TOLERANCE)
+    assert len(traces) == 1
+    assert np.abs(np.asarray(y).mean(0)).min() > 0.1  # d is not 0 any more
+
+
+def test_real_and_complex_moments_are_merged():
+    """Also where promotion is strict, as it is in these tests."""
+    real, other = jbn.moments(PARTS[0]), jbn.moments(PARTS[2] + np.complex64(1j))
+    rows = np.concatenate([PARTS[0], PARTS[2] + 1j])
+    merged = jbn.merge(real, other)
+    assert_close(merged.mean, rows.mean(0), TOLERANCE)
+    assert_close(merged.var, rows.var(0), TOLERANCE)

@@ -18,7 +18,8 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train=False, **options):
         x = nn.Dense(4, name="dense")(x)
-        return jbn.linen.BatchNorm(use_running_average=not train, name="norm")(x, **options)
+        norm = jbn.linen.BatchNorm(use_running_average=not train, momentum=0.9, debias=True, name="norm")
+        return norm(x, **options)
 
 
 VARIABLES = Net().init(jax.random.key(0), X)
@@ -53,6 +54,7 @@ TOOLS = {
         lambda *args, **options: apply(*args, train=True, **options), v, [X]
     ),
     "apply_moments": lambda v: jbn.tools.apply_moments(v, measured(v)),
+    "debias": lambda v: jbn.tools.debias(v, momentum=0.9),
     "ema": lambda v: jbn.tools.ema(v, jax.tree.map(lambda leaf: leaf + 1, v), 0.5),
     "fold_variables": lambda v: jbn.tools.fold_variables(v, [("dense", "norm")]),
     "weight_decay_mask": jbn.tools.weight_decay_mask,

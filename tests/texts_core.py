@@ -79,8 +79,8 @@ TEXTS = {
     ),
     "statistics of integers": (
         lambda: call(batch_stats={"mean": STATS["mean"], "var": np.ones(3, np.int32)}),
-        "jbn.batch_norm: batch_stats['var'] is int32[3]. Expected a floating dtype. An integer could "
-        "not hold an average: keep statistics in float32.",
+        "jbn.batch_norm: batch_stats['var'] is int32[3]. Expected a floating dtype. Averages are kept"
+        " in float32, the number of updates in int32.",
     ),
     "features as a flag": (
         lambda: jbn.init(True),

@@ -1,11 +1,17 @@
 """Error texts of the options in full: alone, and where two of them do not go together."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jbn
 import jbn.linen
+import jbn.nnx
+import jbn.tools
 from tests.texts_core import PARAMS, STATS, X, call
 
 COUNTED = jbn.init(3, count=True)[1]
@@ -13,37 +19,43 @@ Z = (X + 1j).astype(np.complex64)
 COMPLEX = STATS | {"mean": jnp.zeros(3, jnp.complex64)}
 
 
+def over_devices(**settings):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        call(x=jax.device_put(X, NamedSharding(mesh, P("data"))), **settings)
+
+
 TEXTS = {
     "cumulative without rows": (
         lambda: call(momentum=None),
         "jbn.batch_norm: batch_stats is a mapping with mean, var. Expected rows for momentum=None. "
-        "Make them with jbn.init(features, count=True).",
+        "Begin with it: layers make it in init, and jbn.init(features, count=True) does.",
     ),
     "update, cumulative without rows": (
         lambda: jbn.update(STATS, jbn.moments(X), momentum=None),
-        "jbn.update: batch_stats is a mapping with mean, var. Expected rows for momentum=None. Make "
-        "them with jbn.init(features, count=True).",
+        "jbn.update: batch_stats is a mapping with mean, var. Expected rows for momentum=None. Begin "
+        "with it: layers make it in init, and jbn.init(features, count=True) does.",
     ),
     "debias without a count": (
         lambda: call(debias=True),
         "jbn.batch_norm: batch_stats is a mapping with mean, var. Expected count for debias=True. "
-        "Make them with jbn.init(features, count=True).",
+        "Begin with it: layers make it in init, and jbn.init(features, count=True) does.",
     ),
     "debias in evaluation without a count": (
         lambda: call(debias=True, use_running_average=True),
         "jbn.batch_norm: batch_stats is a mapping with mean, var. Expected count for debias=True. "
-        "Make them with jbn.init(features, count=True).",
+        "Begin with it: layers make it in init, and jbn.init(features, count=True) does.",
     ),
     "linen: debias of a checkpoint without a count": (
         lambda: jbn.linen.BatchNorm(use_running_average=True, debias=True).apply(
             {"params": PARAMS, "batch_stats": STATS}, X
         ),
         "jbn.linen.BatchNorm: batch_stats is a mapping with mean, var. Expected count for "
-        "debias=True. Make them with jbn.init(features, count=True).",
+        "debias=True. Begin with it: layers make it in init, and jbn.init(features, count=True) does.",
     ),
     "debias with a momentum that changes": (
         lambda: call(batch_stats=COUNTED, debias=True, momentum=jnp.float32(0.9)),
-        "jbn.batch_norm: momentum is float32[] with debias=True. Expected a number, or None. What is "
+        "jbn.batch_norm: momentum is float32[], to debias with. Expected a number, or None. What is "
         "left of the initial statistics is known for a momentum that stays the same.",
     ),
     "debias with a mask of channels": (
@@ -166,5 +178,47 @@ TEXTS = {
         "jbn.batch_norm: residual is complex64[8,4,3] for x = float32[8,4,3]. Expected an array of as"
         " many axes, each 1 or x's size, and complex only if y is. It is added to y: project it to "
         "y's shape first.",
+    ),
+    "debias from initial statistics of one's own": (
+        lambda: jbn.linen.BatchNorm(
+            use_running_average=False, debias=True, mean_init=nn.initializers.ones
+        ).init(jax.random.key(0), X),
+        "jbn.linen.BatchNorm: debias is True with a mean_init or var_init of your own. Expected "
+        "initial statistics 0 and 1, which debiased evaluation divides out. Leave one of them out.",
+    ),
+    "nnx: debias from initial statistics of one's own": (
+        lambda: jbn.nnx.BatchNorm(3, debias=True, var_init=nn.initializers.zeros, rngs=nnx.Rngs(0)),
+        "jbn.nnx.BatchNorm of 3 features: debias is True with a mean_init or var_init of your own. "
+        "Expected initial statistics 0 and 1, which debiased evaluation divides out. Leave one of "
+        "them out.",
+    ),
+    "groups that lie on two devices": (
+        lambda: over_devices(virtual_batch_size=4),
+        "jbn.batch_norm: virtual_batch_size is 4, 2 groups on 4 devices. Expected groups that lie on "
+        "one device each. Use 2 or a divisor of it: the mesh axes of x are explicit.",
+    ),
+    "a count that is a float": (
+        lambda: call(batch_stats=COUNTED | {"count": jnp.float32(1)}),
+        "jbn.batch_norm: batch_stats['count'] is float32[]. Expected an integer dtype. Averages are "
+        "kept in float32, the number of updates in int32.",
+    ),
+    "update by what are no moments": (
+        lambda: jbn.update(STATS, 3),
+        "jbn.update: moments is 3. Expected jbn.Moments. Measure x: jbn.moments(x).",
+    ),
+    "debias a model that does not count": (
+        lambda: jbn.tools.debias({"batch_stats": STATS}),
+        "jbn.tools.debias: variables is a model without one. Expected a batch norm with a count, as "
+        "debias=True keeps it. Without it nothing is debiased.",
+    ),
+    "debias by a schedule": (
+        lambda: jbn.tools.debias({"batch_stats": COUNTED}, momentum=jnp.float32(0.9)),
+        "jbn.tools.debias: momentum is float32[], to debias with. Expected a number, or None. What is"
+        " left of the initial statistics is known for a momentum that stays the same.",
+    ),
+    "apply_moments, a choice of text": (
+        lambda: jbn.tools.apply_moments({"batch_stats": STATS}, {"": jbn.moments(X)}, unbiased="no"),
+        "jbn.tools.apply_moments: unbiased is 'no'. Expected True or False. Under jit make it static,"
+        " jax.jit(..., static_argnames='unbiased'), or close over it.",
     ),
 }

@@ -3,6 +3,7 @@
 from jbn.tools._accumulate import apply_moments as apply_moments
 from jbn.tools._average import ema as ema
 from jbn.tools._average import merge_replicas as merge_replicas
+from jbn.tools._debias import debias as debias
 from jbn.tools._equinox import from_equinox as from_equinox
 from jbn.tools._equinox import to_equinox as to_equinox
 from jbn.tools._fold import fold as fold

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from jbn._checks import naming
 from jbn._measure import inverse_deviation
 from jbn._types import Axes, Dtype, wide
+from jbn.tools._debias import unbiased_start
 from jbn.tools._fold import check_fold, folded, stored, times
 from jbn.tools._trees import Layer, Path, Variables, batch_norms, collections, shown, with_values
 
@@ -29,6 +30,8 @@ class Pair(NamedTuple):
     norm: Path
     epsilon: float
     axis: Axes
+    momentum: float | None = None
+    """By which its evaluation debiases; None: it does not."""
 
     @property
     def name(self) -> str:
@@ -42,9 +45,10 @@ def folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
     params, stats = {}, {}
     for pair in pairs:
         with naming(f"jbn.{FOLD_VARIABLES} {pair.name!r}"):
-            params[pair.layer], norm = _absorbed(
-                layers[pair.layer], norms[pair.norm], pair.epsilon, pair.axis
-            )
+            norm = norms[pair.norm]
+            if pair.momentum is not None:
+                norm = norm._replace(batch_stats=unbiased_start(norm.batch_stats, pair.momentum))
+            params[pair.layer], norm = _absorbed(layers[pair.layer], norm, pair.epsilon, pair.axis)
         params[pair.norm], stats[pair.norm] = norm
     new: Model = with_values(FOLD_VARIABLES, variables, params=params, batch_stats=stats)
     return new

@@ -1,10 +1,12 @@
 """Accumulation: one update of running statistics for many micro-batches."""
 
+import functools
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
-from jbn._checks import check_momentum, naming
+from jbn._checks import check_momentum, check_static, naming
 from jbn._running import update
 from jbn._types import kept
 from jbn.tools._trees import (
@@ -19,7 +21,14 @@ from jbn.tools._trees import (
 Model = TypeVar("Model", bound=Variables)
 
 
-def apply_moments(variables: Model, moments: Any = None, *, momentum: float | jax.Array = 0.99) -> Model:
+def apply_moments(
+    variables: Model,
+    moments: Any = None,
+    *,
+    momentum: float | jax.Array | None = 0.99,
+    unbiased: bool = False,
+    skip_nonfinite: bool = False,
+) -> Model:
     """One update of every batch norm by moments of its batch, whatever micro-batches it came in.
 
         new = momentum * old + (1 - momentum) * batch
@@ -37,7 +46,9 @@ def apply_moments(variables: Model, moments: Any = None, *, momentum: float | ja
         after `jbn.nnx.keep_batch_moments`; or a mapping from path, `"block/bn"` or `("block", "bn")`, to
         `jbn.Moments`; None: those in variables.
       momentum: that of the layers, which this call cannot see: pass it if it is not 0.99, their default.
-        From 0 (the batch replaces the old) to 1; may be a traced scalar.
+        From 0 (the batch replaces the old) to 1; may be a traced scalar. None is cumulative.
+      unbiased: that of the layers too, like the next one: as in `jbn.update`.
+      skip_nonfinite: whether moments with NaN or inf leave the statistics of their layer as they are.
 
     Returns:
       A model of the same kind with new `batch_stats`. Layers without moments, or with no rows in them, keep
@@ -60,12 +71,18 @@ def apply_moments(variables: Model, moments: Any = None, *, momentum: float | ja
     """
     call = "tools.apply_moments"
     check_momentum(call, momentum)
+    for name, choice in (("unbiased", unbiased), ("skip_nonfinite", skip_nonfinite)):
+        check_static(call, name, choice)
     layers = batch_norms(call, variables)
     given: Any = variables if moments is None else moments
+    step = functools.partial(update, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite)
     stats = {}
     for path, batch in moments_of(call, given, layers).items():
         old = layers[path].batch_stats
         with naming(f"jbn.{at(call, path)}"):
-            stats[path] = update(old | kept(old, batch.mean), batch, momentum=momentum)
+            of_layer = step
+            for _ in range(jnp.ndim(old.get("count", 0))):  # one of each layer, if layers are stacked
+                of_layer = jax.vmap(of_layer)
+            stats[path] = of_layer(old | kept(old, batch.mean), batch)
     new: Model = with_values(call, variables, batch_stats=stats)
     return without_batch_moments(call, new) if given is variables else new

@@ -25,9 +25,10 @@ _REPLICAS = "Pass batch_stats as pmap or vmap returns it, with the axis of the d
 def merge_replicas(batch_stats: Stats, axis: int = 0) -> Stats:
     """Running statistics of several devices that did not synchronise, as one: for evaluation or a checkpoint.
 
-        mean = E[mean_i],  var = E[var_i] + E[(mean_i - mean)^2]
+        mean = E[mean_i],  var = E[var_i + (mean_i - mean)^2]
 
-    All replicas weigh the same. The spread of the means counts: averaging the variances alone is too small.
+    Replicas weigh by their `rows`, and all the same where there are none. The spread of the means counts:
+    averaging the variances alone is too small.
     Under `jit` the replicas may be sharded over devices, along explicit mesh axes too.
 
     Args:
@@ -91,18 +92,22 @@ def _merged(call: str, stats: Any, axis: int) -> Any:
         if not kinds or mean.shape != var.shape:
             got = f"{describe(mean)} and {describe(var)}"
             raise error(at(call, path), "mean and var", got, "floating arrays of one shape", _REPLICAS)
-        flat[*path, "mean"], flat[*path, "var"] = _pooled(mean, var, axis)
+        flat[*path, "mean"], flat[*path, "var"] = _pooled(mean, var, flat.get((*path, "rows")), axis)
         for name, reduce in (("count", jnp.max), ("rows", jnp.sum)):
             if (*path, name) in flat:
                 flat[*path, name] = reduce(flat[*path, name], axis).astype(flat[*path, name].dtype)
     return unflatten_dict(flat)
 
 
-def _pooled(means: Array, variances: Array, axis: int) -> tuple[Array, Array]:
-    """Mean and variance of all replicas together, each of which weighs the same."""
+def _pooled(means: Array, variances: Array, rows: Array | None, axis: int) -> tuple[Array, Array]:
+    """Mean and variance of all replicas together, by their rows."""
     mean = jnp.moveaxis(means.astype(working(means.dtype, variances.dtype)), axis, 0)
     var = jnp.moveaxis(variances.astype(wide(mean.dtype)), axis, 0)
-    merged = merge_stacked(Moments(jnp.ones_like(var), mean, var))
+    weights = jnp.ones_like(var)
+    if rows is not None:
+        some = jnp.any(rows > 0, axis, keepdims=True)  # before the first update all are alike
+        weights = jnp.moveaxis(jnp.where(some, rows, jnp.ones_like(rows)).astype(var.dtype), axis, 0)
+    merged = merge_stacked(Moments(weights, mean, var))
     return merged.mean.astype(means.dtype), merged.var.astype(variances.dtype)
 
 
@@ -112,8 +117,8 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
         average = decay * average + (1 - decay) * new
 
     Averaged parameters go with averaged statistics, not with the latest and not with the initial ones.
-    Integers, such as counters, and random keys are taken from `new`. Computed in float32 or wider; each array
-    keeps its dtype.
+    Integers and random keys are taken from `new`, and so are the counters `count` and `rows` of batch norms.
+    Computed in float32 or wider; each array keeps its dtype.
 
     Args:
       average: linen variables, an NNX module, or any tree of arrays; not changed.
@@ -147,9 +152,14 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
             "the same model after a step of training",
             "Start with average = jax.tree.map(jnp.copy, model), or nnx.clone(model).",
         )
-    tree: Model = jax.tree_util.tree_map_with_path(
-        lambda path, a, n: _moved(jax.tree_util.keystr(path), a, n, decay), average, new
-    )
+    paths = {path for path, _ in jax.tree_util.tree_leaves_with_path(average)}
+    rows, mean = (jax.tree_util.DictKey(name) for name in ("rows", "mean"))
+
+    def move(path: tuple[Any, ...], old: Array, new: Array) -> Array:
+        counts = rows in path and tuple(mean if key == rows else key for key in path) in paths
+        return _moved(jax.tree_util.keystr(path), old, new, 0.0 if counts else decay)
+
+    tree: Model = jax.tree_util.tree_map_with_path(move, average, new)
     return tree
 
 

@@ -28,7 +28,8 @@ class LayerReport:
     Attributes:
       path: such as `"block/bn"`; empty if the model is one batch norm.
       channels: C, or L * C if L layers are stacked.
-      updates: what `count` says, the smallest of stacked layers; None without a `count`.
+      updates: what `count` says, the smallest of stacked layers; 2^30 after `recalibrate`; None without a
+        `count`.
       never_updated: whether `count` is 0 or, without one, every mean is 0 and every var 1.
       dead: the number of dead channels.
       nonfinite: the number of channels with a value, or 1 / sqrt(var + epsilon), that is NaN or inf.

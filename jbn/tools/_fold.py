@@ -46,7 +46,8 @@ def fold(
       kernel: [..., C], or with its output channels where `axis` says.
       bias: [C], or None: the layer has none.
       params: of the batch norm: a mapping with `scale` (gamma), `bias` (beta), either or neither, each [C].
-      batch_stats: of the batch norm: a mapping with `mean` and `var` (biased), each [C].
+      batch_stats: of the batch norm: a mapping with `mean` and `var` (biased), each [C]; of one with
+        `debias=True`, those that `jbn.tools.debias` returns.
       epsilon: that of the batch norm; Flax's default is 1e-5, and many models set another.
       axis: the axes of kernel that hold the output channels: -1, or -2 for a ConvTranspose with
         `transpose_kernel=True`, or several for a DenseGeneral with several output axes, such as (-2, -1).

@@ -47,7 +47,8 @@ def fold_variables(
     not show the pair, and prove nothing. Of the pairs found, those not proved are printed and left out.
 
     Without `call` each pair is proved by itself: the kernel is contracted with random patches, and batch norm
-    follows. That cannot show that a layer's output is used elsewhere too, or that epsilon is another.
+    follows. That cannot show that a layer's output is used elsewhere too, or that epsilon is another, or that
+    the layers have `debias=True`: then give it what `jbn.tools.debias` returns.
 
     Args:
       variables: linen variables, `{"params": ..., "batch_stats": ...}`, or an NNX module. Never written. The
@@ -90,7 +91,12 @@ def fold_variables(
     static = tuple(axis) if isinstance(axis, Sequence) else axis
     epsilons = {seen.path: float(seen.module.epsilon) for seen in calls if seen.is_norm}
     axes = {seen.path: kernel_axes(seen.module) for seen in calls if not seen.is_norm}
-    chosen = [Pair(a, b, epsilons.get(b, epsilon), axes.get(a, static)) for a, b in paths]
+    momenta = {
+        seen.path: seen.module.momentum
+        for seen in calls
+        if seen.is_norm and getattr(seen.module, "debias", False)
+    }
+    chosen = [Pair(a, b, epsilons.get(b, epsilon), axes.get(a, static), momenta.get(b)) for a, b in paths]
     return proved(variables, chosen, call, x, {seen.y.dtype for seen in calls}, found=pairs is None)
 
 

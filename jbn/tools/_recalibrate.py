@@ -16,6 +16,7 @@ from rich.progress import track
 
 from jbn._checks import error
 from jbn._moments import Moments, merge
+from jbn._running import settled
 from jbn._types import describe, kept, sharded_like
 from jbn.tools._measuring import linen_step, nnx_step
 from jbn.tools._trees import (
@@ -70,7 +71,9 @@ def recalibrate(
 
     Returns:
       A model of the same kind with new `mean` and `var`, in float32 or wider, and the mean complex where rows
-      are. A layer that never ran keeps what it had, and so does all else, such as `batch_moments`.
+      are. Where layers keep them, `rows` are those of the stream and `count` is 2^30, as after updates
+      without end: there is nothing to debias. A layer that never ran keeps what it had, and so does all
+      else, such as `batch_moments`.
 
     Raises:
       ValueError: no batch, a model without batch norm, arguments of the wrong kind, a call under `jit`.
@@ -176,12 +179,15 @@ def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
 
 
 def _replaced(layer: Layer, moments: Moments) -> dict[str, jax.Array]:
-    """Mean and var of the moments, where there are rows."""
+    """Mean, var and rows of the moments, where there are rows; nothing is left of initial statistics."""
     stats = kept(layer.batch_stats, moments.mean)
-    for name in ("mean", "var"):
-        old = stats[name]
-        seen, new = (sharded_like(part, old) for part in (moments.count > 0, getattr(moments, name)))
-        stats[name] = jnp.where(seen, new.astype(old.dtype), old)
+    for name, given in (("mean", moments.mean), ("var", moments.var), ("rows", moments.count)):
+        if name in stats:
+            old = stats[name]
+            seen, new = (sharded_like(part, old) for part in (moments.count > 0, given))
+            stats[name] = jnp.where(seen, new.astype(old.dtype), old)
+    if "count" in stats:
+        stats["count"] = settled(stats["count"])
     return stats
 
 

@@ -42,6 +42,7 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
 
     - A batch of n independent rows has mean drifts of 1 / sqrt(n) by chance: merge enough of them.
     - Channels without rows (`count` 0) have no drift; NaN and inf are counted, and take no further part.
+    - Of layers with `debias=True` pass what `jbn.tools.debias` returns, which is what they evaluate with.
     - Of stacked layers (`nn.scan`, `nn.vmap`), with statistics [L, C], every one of the L * C is a channel.
 
     Args:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jbn._checks import error
+from jbn._running import MANY
 from jbn.tools._drift import Channels, LayerReport
 from jbn.tools._trees import some
 
@@ -117,9 +118,7 @@ def _parts(rows: Sequence[LayerReport]) -> list[str | dict[str, list[str]]]:
     """The columns of one table, or of two with a text between them if there is a drift to tell."""
     about = {
         "channels": [str(row.channels) for row in rows],
-        "updates": [
-            "never" if row.never_updated else "" if row.updates is None else str(row.updates) for row in rows
-        ],
+        "updates": [_updates(row) for row in rows],
     }
     wrong = {
         "dead": [str(row.dead) for row in rows],
@@ -138,6 +137,14 @@ def _parts(rows: Sequence[LayerReport]) -> list[str | dict[str, list[str]]]:
         "log2 var": [_pair(row.var_drift_max, row.var_drift_median) for row in rows],
     }
     return [about | drifts | wrong, _LEGEND, ranges]
+
+
+def _updates(row: LayerReport) -> str:
+    if row.never_updated:
+        return "never"
+    if row.updates is None:
+        return ""
+    return str(row.updates) if row.updates < MANY else "many"
 
 
 def _table(rows: Sequence[LayerReport], columns: Mapping[str, list[str]]) -> str:
