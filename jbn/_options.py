@@ -1,6 +1,7 @@
 """Validation of the options of `batch_norm`, alone and of those that do not go together."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -122,7 +123,7 @@ def check_several(
             "Drop the last batch of an epoch, or pad it to the full size and pass mask.",
         )
     groups, devices = examples // size, across(x, axes[0])
-    if groups > 1 and groups % devices:
+    if devices > 1 and groups > 1 and groups % devices:
         raise error(
             call,
             "virtual_batch_size",
@@ -159,6 +160,8 @@ def check_counters(
 
 def check_start(call: str, options: Options, mean_init: Any, var_init: Any) -> None:
     """With debias, the initial statistics 0 and 1: they are what is divided out."""
+    # unwrapped, since nn.with_partitioning gives an initializer names of axes and the same values
+    mean_init, var_init = (None if init is None else inspect.unwrap(init) for init in (mean_init, var_init))
     if options.debias and (mean_init not in (None, zeros) or var_init not in (None, ones)):
         raise error(
             call,

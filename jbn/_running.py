@@ -60,7 +60,7 @@ def update(
     check_momentum("update", momentum)
     for name, choice in (("unbiased", unbiased), ("skip_nonfinite", skip_nonfinite)):
         check_static("update", name, choice)
-    if not isinstance(moments, Moments):
+    if not isinstance(moments, Moments) or len({jnp.shape(part) for part in vars(moments).values()}) > 1:
         raise error("update", "moments", describe(moments), "jbn.Moments", "Measure x: jbn.moments(x).")
     check_batch_stats("update", batch_stats, moments.mean, ())
     check_counters("update", batch_stats, momentum, debias=False, training=True)
@@ -94,16 +94,15 @@ def _remember(
     unbiased: bool,
     skip_nonfinite: bool,
 ) -> BatchStats:
-    if skip_nonfinite:  # by the dtype in which they are kept: what is finite here, float16 may not hold
-        for name in ("mean", "var"):
-            seen &= jnp.all(jnp.isfinite(getattr(moments, name).astype(batch_stats[name].dtype)))
+    if skip_nonfinite:  # as they are kept: what is finite here, float16 may not hold
+        for name, value in (("mean", moments.mean), ("var", _stored(moments, unbiased))):
+            seen &= jnp.all(jnp.isfinite(value.astype(batch_stats[name].dtype)))
     moments, seen = jax.tree.map(lambda part: sharded_like(part, batch_stats["mean"]), (moments, seen))
     if shares is None:
         mean, var = _cumulative(batch_stats, moments, unbiased)
     else:
-        factor = _bessel(moments.count) if unbiased else 1
         mean = moving_average(batch_stats["mean"], moments.mean, shares)
-        var = moving_average(batch_stats["var"], moments.var * factor, shares)
+        var = moving_average(batch_stats["var"], _stored(moments, unbiased), shares)
     new = {
         name: jnp.where(seen, value, batch_stats[name].astype(value.dtype))
         for name, value in (("mean", mean), ("var", var))
@@ -131,7 +130,12 @@ def _cumulative(batch_stats: BatchStats, moments: Moments, unbiased: bool) -> tu
     before = Moments(rows, mean, var / _bessel(rows) if unbiased else var)
     batch = Moments(moments.count.astype(real), moments.mean.astype(mean.dtype), moments.var.astype(real))
     total = merge(before, batch)
-    return total.mean, total.var * _bessel(total.count) if unbiased else total.var
+    return total.mean, _stored(total, unbiased)
+
+
+def _stored(moments: Moments, unbiased: bool) -> Float[Array, "*C"]:
+    """The variance as it is kept."""
+    return moments.var * _bessel(moments.count) if unbiased else moments.var
 
 
 def _bessel(count: Float[Array, "*C"]) -> Float[Array, "*C"]:
@@ -151,7 +155,7 @@ def debiased(batch_stats: BatchStats, momentum: Any) -> BatchStats:
     mean, var = batch_stats["mean"], batch_stats["var"]
     if momentum is None or momentum == 1:
         return batch_stats
-    kind, count = wide(var.dtype), batch_stats["count"]
+    kind, count = wide(var.dtype), jnp.asarray(batch_stats["count"])
     count = jnp.expand_dims(count, range(count.ndim, var.ndim))  # one of each layer, if layers are stacked
     log_share = jnp.maximum(count, 1).astype(kind) * np.asarray(
         math.log(momentum) if momentum else -np.inf, kind

@@ -87,9 +87,13 @@ def sharded_like(value: Array, x: X) -> Array:
     Under explicit mesh axes JAX refuses to combine differently sharded arrays; elsewhere this does nothing.
     """
     wanted = tuple(None if size == 1 else axes for size, axes in zip(value.shape, spec(x), strict=True))
-    return (
-        value if spec(value) == wanted else jax.sharding.reshard(value, jax.sharding.PartitionSpec(*wanted))
+    if spec(value) == wanted:
+        return value
+    mesh = jax.typeof(x).sharding.mesh  # x may be on one where none is set
+    sharded: Array = jax.sharding.reshard(
+        value, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*wanted))
     )
+    return sharded
 
 
 def describe(value: Any) -> str:

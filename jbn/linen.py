@@ -75,7 +75,7 @@ class BatchNorm(nn.Module):
       activation: "relu" gives `relu(y + residual)`.
 
     The last six are explained at `jbn.batch_norm`. `momentum=None` and `debias` add `count` and `rows` to the
-    collection `batch_stats`.
+    collection `batch_stats`, and need a checkpoint that has them.
 
     If `mutable` names the collection `batch_moments`, training leaves the batch's `jbn.Moments` there, merged
     with those that are there already: recalibration and gradient accumulation read them.

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.nn.initializers import Initializer, ones, zeros
@@ -86,11 +87,13 @@ class BatchNorm(nnx.Module):
       debias: whether evaluation divides out what is left of the initial 0 and 1.
       skip_nonfinite: whether a batch whose statistics hold NaN or inf updates nothing.
       virtual_batch_size: examples that are normalized together (ghost batch norm).
-      renorm: limits of batch renormalization; for a schedule they are scalar arrays from the start on.
+      renorm: limits of batch renormalization; for a schedule they are scalar arrays from the start on. NNX
+        cannot write into them: update a model with `nnx.state(model, nnx.Variable)`.
       activation: "relu" gives `relu(y + residual)`.
 
     The last six are explained at `jbn.batch_norm`. `momentum=None` and `debias` add the variables `count` and
-    `rows`.
+    `rows`: they need a checkpoint that has them, for a count of 0 says that the statistics are the initial
+    ones.
 
     After `jbn.nnx.keep_batch_moments(model)` training leaves the batch's `jbn.Moments` in the variable
     `batch_moments`, merged with those that are there already: recalibration and gradient accumulation read
@@ -363,4 +366,5 @@ def replace_batch_norm(model: Model, **overrides: Any) -> Model:
 
 def _setting(value: Any) -> Any:
     """An attribute of a layer: arrays, as schedules give them, are data for NNX, and no constants."""
-    return nnx.data(value) if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)) else value
+    arrays = (jax.Array, np.ndarray)
+    return nnx.data(value) if any(isinstance(leaf, arrays) for leaf in jax.tree.leaves(value)) else value

@@ -67,15 +67,43 @@ def test_a_debiased_model_evaluates_alike_with_the_option_and_without(updates):
     for settings in (SETTINGS, {}, {"momentum": None}):
         assert_close(Net(settings).apply(new, X), expected, TOLERANCE)
     assert_trees_close(jbn.tools.debias(new, momentum=0.75), new, 0.0)
-    assert_trees_close(jbn.tools.debias(variables, momentum=None)["params"], variables["params"], 0.0)
+    assert_trees_close(new["params"], variables["params"], 0.0)
 
 
 def test_a_debiased_nnx_model_evaluates_alike_with_the_option_and_without():
     model = of_nnx()
-    new = jbn.tools.debias(model, momentum=0.75)
+    new = jbn.tools.debias(model)
     assert_close(new(X), model(X), TOLERANCE)
     new.norm.debias = False
     assert_close(new(X), model(X), TOLERANCE)
+
+
+def test_each_layer_is_debiased_by_its_momentum():
+    layers = {
+        momentum: jbn.update(jbn.init(3, count=True)[1], jbn.moments(X), momentum=momentum)
+        for momentum in (0.5, 0.9)
+    }
+    cumulative = jbn.update(jbn.init(3, count=True)[1], jbn.moments(X), momentum=None)
+    variables = {"batch_stats": {"a": layers[0.5], "b": {"bn": layers[0.9]}, "c": cumulative}}
+    new = jbn.tools.debias(variables, momentum={"a": 0.5, ("b", "bn"): 0.9})["batch_stats"]
+    for stats in (new["a"], new["b"]["bn"], new["c"]):
+        assert_close(stats["mean"], X.mean(0), TOLERANCE)
+        assert_close(stats["var"], X.var(0), 10 * TOLERANCE)  # rounded next to 0.9 when it was stored
+
+
+def test_each_nnx_layer_knows_its_momentum():
+    names = {"a": 0.5, "b": 0.9, "c": None}
+    model = nnx.Dict(
+        {
+            n: jbn.nnx.BatchNorm(3, momentum=m, debias=m is not None, rngs=nnx.Rngs(0))
+            for n, m in names.items()
+        }
+    )
+    for name in names:
+        model[name](X)
+    new = jbn.tools.debias(model)
+    for name in names:
+        assert_close(new[name].mean[...], X.mean(0), TOLERANCE)
 
 
 def test_stacked_layers_are_debiased_each_by_its_count():
@@ -190,3 +218,36 @@ def test_replicas_that_counted_weigh_by_their_rows():
     assert_trees_close(merged, jbn.update(whole, jbn.moments(X), momentum=None), TOLERANCE)
     fresh = jbn.tools.merge_replicas(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), whole))
     assert_trees_close(fresh, whole, 0.0)
+
+
+def test_debiased_replicas_and_models_are_averaged():
+    """Raw statistics hold shares of the initial 0 and 1, which belong to no replica and no model."""
+    start, parts = jbn.init(1, count=True)[1], (np.float32([[0], [2]]), np.float32([[10], [12]]))
+    replicas = [jbn.update(start, jbn.moments(x), momentum=0.9) for x in parts]
+    stacked = {"batch_stats": jax.tree.map(lambda *leaves: jnp.stack(leaves), *replicas)}
+    merged = jbn.tools.merge_replicas(jbn.tools.debias(stacked, momentum=0.9)["batch_stats"])
+    assert_close(merged["var"], np.concatenate(parts).var(0), 10 * TOLERANCE)
+    twice = jbn.update(replicas[0], jbn.moments(parts[0]), momentum=0.9)
+    models = [jbn.tools.debias({"batch_stats": stats}, momentum=0.9) for stats in (replicas[0], twice)]
+    average = jbn.tools.ema(*models, 0.5)["batch_stats"]
+    _, same = jbn.batch_norm(None, average, parts[0], use_running_average=True, momentum=0.9, debias=True)
+    assert_close(same["mean"], np.ones(1), TOLERANCE)
+
+
+def test_layers_without_rows_are_not_recalibrated():
+    net, variables = linen()
+    apply = lambda v, x, **options: net.apply(v, x, train=True, mask=np.zeros(20, bool), **options)  # noqa: E731
+    with pytest.warns(UserWarning, match="never ran"):
+        new = jbn.tools.recalibrate(apply, variables, [X])
+    assert_trees_close(new, variables, 0.0)
+
+
+def test_a_module_called_rows_is_averaged_like_any_other():
+    model = {"params": {name: {"kernel": jnp.ones(2)} for name in ("rows", "mean", "var")}}
+    found = jbn.tools.ema(model, jax.tree.map(jnp.zeros_like, model), 0.5)
+    assert_close(found["params"]["rows"]["kernel"], np.full(2, 0.5), 0.0)
+
+
+def test_other_libraries_get_what_they_keep():
+    _, stats = jbn.init(3, count=True)
+    assert set(jbn.tools.to_torch(None, stats)) == {"running_mean", "running_var", "num_batches_tracked"}

@@ -109,6 +109,24 @@ def test_sharded_examples(kind):
     assert_trees_close(found, step(x), TOLERANCE)
 
 
+def test_a_symbolic_number_of_examples():
+    shape = jax.export.symbolic_shape("2*b, 5, 3")
+    step = functools.partial(jbn.batch_norm, PARAMS, STATS, use_running_average=False, virtual_batch_size=2)
+    exported = jax.export.export(jax.jit(step))(jax.ShapeDtypeStruct(shape, np.float32))
+    assert_trees_close(exported.call(X), step(X), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "more", [{"virtual_batch_size": 2}, {"mask": np.ones(16, bool)}, {"residual": X[:1]}]
+)
+def test_sharded_examples_where_no_mesh_is_set(more):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    x = X.repeat(2, 0)[:16]
+    step = functools.partial(jbn.batch_norm, PARAMS, STATS, use_running_average=False, **more)
+    found = jax.jit(step)(jax.device_put(x, NamedSharding(mesh, P("data"))))
+    assert_trees_close(found, step(x), TOLERANCE)
+
+
 def test_no_examples_are_no_groups():
     y, new = jbn.batch_norm(PARAMS, STATS, X[:0], use_running_average=False, virtual_batch_size=4)
     assert y.shape == (0, 5, 3)

@@ -276,6 +276,11 @@ def test_statistics_that_float16_cannot_hold_are_skipped():
     settings = {"use_running_average": False, "skip_nonfinite": True}
     assert_trees_close(jbn.batch_norm(None, stats, x, **settings)[1], stats, 0.0)
     assert_trees_close(jbn.update(stats, jbn.moments(x), skip_nonfinite=True), stats, 0.0)
+    x = np.stack(
+        [np.full(3, 500, np.float32), np.zeros(3, np.float32)]
+    )  # the unbiased variance is twice 62500
+    settings |= {"momentum": 0.0, "unbiased": True}
+    assert_trees_close(jbn.batch_norm(None, stats, x, **settings)[1], stats, 0.0)
 
 
 @pytest.mark.parametrize("how", ["constructor", "replaced"])

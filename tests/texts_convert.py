@@ -77,11 +77,6 @@ TEXTS = {
         "jbn.tools.to_torch: params is a bias without a scale. Expected a bias only beside a scale. Add a "
         "scale of ones, which changes nothing.",
     ),
-    "rows": (
-        lambda: to_torch(PARAMS, jbn.init(3, count=True)[1]),
-        "jbn.tools.to_torch: batch_stats is a mapping with the unknown rows. Expected mean, var, and perhaps count. "
-        + COLLECTIONS,
-    ),
     "params of a model": (
         lambda: to_torch({"BatchNorm_0": PARAMS}, STATS),
         "jbn.tools.to_torch: params is a mapping with the unknown BatchNorm_0. Expected perhaps scale, bias. "

@@ -208,8 +208,8 @@ TEXTS = {
     ),
     "debias a model that does not count": (
         lambda: jbn.tools.debias({"batch_stats": STATS}),
-        "jbn.tools.debias: variables is a model without one. Expected a batch norm with a count, as "
-        "debias=True keeps it. Without it nothing is debiased.",
+        "jbn.tools.debias: momentum is for none. Expected those of batch norms with a count: there "
+        "are none. Layers with debias=True keep a count.",
     ),
     "debias by a schedule": (
         lambda: jbn.tools.debias({"batch_stats": COUNTED}, momentum=jnp.float32(0.9)),

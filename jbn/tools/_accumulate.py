@@ -48,7 +48,8 @@ def apply_moments(
       momentum: that of the layers, which this call cannot see: pass it if it is not 0.99, their default.
         From 0 (the batch replaces the old) to 1; may be a traced scalar. None is cumulative.
       unbiased: that of the layers too, like the next one: as in `jbn.update`.
-      skip_nonfinite: whether moments with NaN or inf leave the statistics of their layer as they are.
+      skip_nonfinite: whether moments with NaN or inf leave the statistics of their layer as they are; those
+        of all layers of a stack, if they keep no `count` that would tell how many these are.
 
     Returns:
       A model of the same kind with new `batch_stats`. Layers without moments, or with no rows in them, keep

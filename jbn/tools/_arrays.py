@@ -37,7 +37,12 @@ def read(call: str, library: Library, given: Mapping[str, Any]) -> tuple[dict[st
 def write(
     call: str, library: Library, params: Params | None, batch_stats: BatchStats
 ) -> dict[str, np.ndarray]:
-    """Theirs from ours."""
+    """Theirs from ours, but for `rows`, which none of them keeps."""
+    batch_stats = (
+        {name: value for name, value in batch_stats.items() if name != "rows"}
+        if isinstance(batch_stats, Mapping)
+        else batch_stats
+    )
     params, names = {} if params is None else params, library.names
     statistics = [name for name in ("mean", "var", "count") if name in names]
     required = statistics if library.counted else ["mean", "var"]

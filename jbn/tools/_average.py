@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.tree_util import DictKey
 from jaxtyping import Array
 
 from jbn._checks import error
@@ -28,7 +29,8 @@ def merge_replicas(batch_stats: Stats, axis: int = 0) -> Stats:
         mean = E[mean_i],  var = E[var_i + (mean_i - mean)^2]
 
     Replicas weigh by their `rows`, and all the same where there are none. The spread of the means counts:
-    averaging the variances alone is too small.
+    averaging the variances alone is too small. Of layers with `debias=True` merge what `jbn.tools.debias`
+    returns: the initial 0 and 1 belong to no replica.
     Under `jit` the replicas may be sharded over devices, along explicit mesh axes too.
 
     Args:
@@ -118,7 +120,8 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
 
     Averaged parameters go with averaged statistics, not with the latest and not with the initial ones.
     Integers and random keys are taken from `new`, and so are the counters `count` and `rows` of batch norms.
-    Computed in float32 or wider; each array keeps its dtype.
+    Computed in float32 or wider; each array keeps its dtype. Of layers with `debias=True` average what
+    `jbn.tools.debias` returns for either model.
 
     Args:
       average: linen variables, an NNX module, or any tree of arrays; not changed.
@@ -153,10 +156,14 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
             "Start with average = jax.tree.map(jnp.copy, model), or nnx.clone(model).",
         )
     paths = {path for path, _ in jax.tree_util.tree_leaves_with_path(average)}
-    rows, mean = (jax.tree_util.DictKey(name) for name in ("rows", "mean"))
 
     def move(path: tuple[Any, ...], old: Array, new: Array) -> Array:
-        counts = rows in path and tuple(mean if key == rows else key for key in path) in paths
+        counts = any(
+            (*path[:place], DictKey("mean"), *path[place + 1 :]) in paths
+            for place in range(len(path))
+            if path[place] == DictKey("rows")
+            and not any(isinstance(key, DictKey) for key in path[place + 1 :])
+        )
         return _moved(jax.tree_util.keystr(path), old, new, 0.0 if counts else decay)
 
     tree: Model = jax.tree_util.tree_map_with_path(move, average, new)

@@ -1,20 +1,27 @@
 """Debiasing: statistics with nothing of the initial 0 and 1 left in them."""
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array
 
 from jbn._checks import check_momentum, error
 from jbn._options import check_constant
 from jbn._running import debiased, settled
 from jbn._types import BatchStats
-from jbn.tools._trees import Variables, batch_norms, with_values
+from jbn.nnx import BatchNorm
+from jbn.tools._trees import Path, Variables, batch_norms, dotted, some, with_values
 
 Model = TypeVar("Model", bound=Variables)
 
+_CALL = "tools.debias"
 
-def debias(variables: Model, *, momentum: float | None = 0.99) -> Model:
+
+def debias(
+    variables: Model, *, momentum: float | Mapping[Path, float] | Mapping[str, float] | None = None
+) -> Model:
     """A model whose statistics are those that its layers, with `debias=True`, evaluate with.
 
         mean / (1 - momentum^count),  (var - momentum^count) / (1 - momentum^count)
@@ -25,14 +32,17 @@ def debias(variables: Model, *, momentum: float | None = 0.99) -> Model:
 
     Args:
       variables: linen variables or an NNX module; not changed.
-      momentum: that of the layers, which this call cannot see. None, cumulative statistics, changes nothing.
+      momentum: of the layers with a `count`: a number for all of them, or a mapping from the path of each
+        that is debiased, `"block/bn"` or `("block", "bn")`. An NNX module knows those of its layers, and
+        which of them have `debias=True`; for it, None takes these.
 
     Returns:
-      A model of the same kind with new `mean`, `var` and `count` where a batch norm has a `count`, and what
-      it had elsewhere and before the first update.
+      A model of the same kind with new `mean`, `var` and `count`; a batch norm before its first update keeps
+      what it has.
 
     Raises:
-      ValueError: a model without batch norm or without a `count`, a momentum that is no number from 0 to 1.
+      ValueError: a model without batch norm, a path to none or to one without a `count`, a momentum that is
+        missing or no number from 0 to 1.
 
     Example:
       >>> import jax.numpy as jnp, jbn, jbn.tools
@@ -44,20 +54,43 @@ def debias(variables: Model, *, momentum: float | None = 0.99) -> Model:
 
     Reference: Kingma and Ba 2014, arXiv 1412.6980, section 3.
     """
-    call = "tools.debias"
-    check_momentum(call, momentum)
-    check_constant(call, momentum)
-    layers = batch_norms(call, variables)
-    counted = {path: stats for path, (_, stats) in layers.items() if "count" in stats}
-    if not counted:
-        expected = "a batch norm with a count, as debias=True keeps it"
-        raise error(call, "variables", "a model without one", expected, "Without it nothing is debiased.")
-    new: Model = with_values(
-        call,
-        variables,
-        batch_stats={path: unbiased_start(stats, momentum) for path, stats in counted.items()},
-    )
+    layers = {path: layer.batch_stats for path, layer in batch_norms(_CALL, variables).items()}
+    counted = {dotted(path): path for path, stats in layers.items() if "count" in stats}
+    momenta: dict[str, Any]
+    if isinstance(momentum, Mapping):
+        momenta = {path if isinstance(path, str) else dotted(path): value for path, value in momentum.items()}
+    elif momentum is None and isinstance(variables, nnx.Module):
+        momenta = _own(variables)
+    else:
+        momenta = dict.fromkeys(counted, momentum)
+    if not momenta or (unknown := [path for path in momenta if path not in counted]):
+        got = f"one for {some(unknown)}" if momenta else "for none"
+        expected = (
+            f"those of batch norms with a count: {some(sorted(counted)) if counted else 'there are none'}"
+        )
+        raise error(_CALL, "momentum", got, expected, "Layers with debias=True keep a count.")
+    for value in momenta.values():
+        _check(value)
+    stats = {counted[path]: unbiased_start(layers[counted[path]], value) for path, value in momenta.items()}
+    new: Model = with_values(_CALL, variables, batch_stats=stats)
     return new
+
+
+def _own(model: nnx.Module) -> dict[str, Any]:
+    """The momentum of each layer with debias=True."""
+    modules: Any = nnx.iter_modules(model)
+    layers = [(path, layer) for path, layer in modules if isinstance(layer, BatchNorm)]
+    return {
+        dotted(path): layer.momentum for path, layer in layers if layer.debias and layer.momentum is not None
+    }
+
+
+def _check(momentum: Any) -> None:
+    if momentum is None:
+        fix = "Cumulative statistics have nothing to debias: leave their layers out."
+        raise error(_CALL, "momentum", "None", "a number from 0 to 1, that of the layers", fix)
+    check_momentum(_CALL, momentum)
+    check_constant(_CALL, momentum)
 
 
 def unbiased_start(batch_stats: BatchStats, momentum: float | None) -> dict[str, Array]:

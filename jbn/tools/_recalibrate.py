@@ -186,8 +186,10 @@ def _replaced(layer: Layer, moments: Moments) -> dict[str, jax.Array]:
             old = stats[name]
             seen, new = (sharded_like(part, old) for part in (moments.count > 0, given))
             stats[name] = jnp.where(seen, new.astype(old.dtype), old)
-    if "count" in stats:
-        stats["count"] = settled(stats["count"])
+    if "count" in stats:  # one of each layer, if layers are stacked
+        count = stats["count"]
+        ran = jnp.any(moments.count > 0, tuple(range(count.ndim, moments.count.ndim)))
+        stats["count"] = jnp.where(ran, settled(count), count)
     return stats
 
 
