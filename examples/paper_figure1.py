@@ -195,7 +195,7 @@ def sentence(ours: History, plain: History) -> str:
         steps = history.steps_to_goal()
         goals.append("never" if steps is None else f"after {steps:,}")
         drifts.append(np.median(drift(history.percentiles)))
-        late.append(np.median(drift(history.percentiles[len(history.steps) // 5 :])))
+        late.append(np.median(drift(history.percentiles[history.steps >= history.steps[-1] / 5])))
     return (
         f"After {ours.steps[-1]:,} steps the test accuracy is {ours.accuracy[-1]:.4f} with batch norm and"
         f" {plain.accuracy[-1]:.4f} without; {GOAL:.0%} was reached {goals[0]} and {goals[1]}; the median"
@@ -213,11 +213,11 @@ def draw(histories: dict[str, History], output: Path) -> None:
     accuracy_axes.set(title="(a) test accuracy", ylim=(0.7, 1.0))
     accuracy_axes.legend(frameon=False, loc="lower right")
     draw_percentiles(plain_axes, histories["without"], "(b) input to a sigmoid, without")
-    draw_percentiles(our_axes, histories["with batch norm"], "(c) the same, with batch norm")
+    draw_percentiles(our_axes, histories["with batch norm"], "(c) to one with batch norm")
     our_axes.sharey(plain_axes)
     for axes in figure.axes:
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     save_picture(figure, output)
 
