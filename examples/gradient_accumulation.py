@@ -4,11 +4,13 @@
 
 Optax averages the gradients and steps once in 8 calls. Each batch norm merges the moments of the rows that it
 sees, and its running statistics are updated once as well: by all 512 rows, as if they had come in one batch.
+In training each micro-batch is still normalized by its own 64 rows, so gradients are those of batches of 64.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tyro
 
@@ -39,21 +41,25 @@ class Net(nn.Module):
 
 
 @jax.jit
-def train_step(variables, opt_state, images, labels):
-    """One step of the optimizer and one update of the running statistics, from PARTS micro-batches."""
+def accumulate(variables, moments, opt_state, images, labels):
+    """Takes in one micro-batch: keeps its gradients and moments. After the last of PARTS Optax steps."""
 
-    def loss(params, moments, images, labels):
+    def loss(params):
         collections = {**variables, **moments, "params": params}
         logits, new = Net().apply(collections, images, train=True, mutable=["batch_stats", "batch_moments"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), {"batch_moments": new["batch_moments"]}  # not the statistics after one part
 
-    params, moments = variables["params"], {}
-    for part in zip(jnp.split(images, PARTS), jnp.split(labels, PARTS), strict=True):
-        gradients, moments = jax.grad(loss, has_aux=True)(params, moments, *part)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, updates)  # by 0, until the last part
-    return jbn.tools.apply_moments({**variables, "params": params}, moments, momentum=MOMENTUM), opt_state
+    gradients, moments = jax.grad(loss, has_aux=True)(variables["params"])
+    updates, opt_state = optimizer.update(gradients, opt_state)
+    params = optax.apply_updates(variables["params"], updates)  # by 0, until the last part
+    return {**variables, "params": params}, moments, opt_state
+
+
+@jax.jit
+def update_statistics(variables, moments):
+    """One update of the running statistics, by the rows of all parts."""
+    return jbn.tools.apply_moments(variables, moments, momentum=MOMENTUM)
 
 
 def main(steps: int = 200, seed: int = 0) -> None:
@@ -62,9 +68,12 @@ def main(steps: int = 200, seed: int = 0) -> None:
     opt_state, expected = optimizer.init(variables["params"]), variables["batch_stats"]["pixels"]
     with progress_bar("gradient_accumulation", steps * BATCH_SIZE) as bar:
         for rows in whole_batches(seed, len(train_set.labels), BATCH_SIZE, steps):
-            images = train_set.images[rows]
-            variables, opt_state = train_step(variables, opt_state, images, train_set.labels[rows])
-            whole = jbn.moments(to_unit_range(images).reshape(BATCH_SIZE, -1))
+            moments = {}
+            for part in np.split(rows, PARTS):
+                batch = train_set.images[part], train_set.labels[part]
+                variables, moments, opt_state = accumulate(variables, moments, opt_state, *batch)
+            variables = update_statistics(variables, moments)
+            whole = jbn.moments(to_unit_range(train_set.images[rows]).reshape(BATCH_SIZE, -1))
             expected = jbn.update(expected, whole, momentum=MOMENTUM)
             bar.update(BATCH_SIZE)
     found = variables["batch_stats"]["pixels"]
