@@ -18,6 +18,7 @@ import optax
 import tyro
 from chex import ArrayTree
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 import batches
 import jbn.tools
@@ -101,7 +102,10 @@ def recalibrated_stats(state: State, split: Split) -> ArrayTree:
 
 
 def frozen_step(optimizer: optax.GradientTransformation) -> TrainStep:
-    """`parallel.jit_step`, but batch norm is what it is in evaluation, and keeps its statistics."""
+    """`parallel.jit_step`, but batch norm is what it is in evaluation, and keeps its statistics.
+
+    Its scale and bias are trained, as in the other two ways. `BatchNorm(frozen=True)` holds them still too.
+    """
 
     def step(state: State, batch: Batch) -> tuple[State, jax.Array]:
         def loss(params: ArrayTree) -> jax.Array:
@@ -153,6 +157,9 @@ def draw(curves: dict[str, list[float]], steps: int, old: Split, new: Split, out
     for name, curve in curves.items():
         axes.plot(np.linspace(0, steps, len(curve)), 1 - np.array(curve), "o-", label=name)
     axes.set(title="test error on the new ones", xlabel="step of fine-tuning", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.legend(frameon=False)
     save_picture(figure, output)
 

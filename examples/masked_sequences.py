@@ -4,8 +4,8 @@
 
 A digit of MNIST is read column by column, from the first with ink to the last: 2 to 20 of them. A net of two
 convolutions over time says which digit it is. Batches are padded with zeros, either always to 20 columns, or
-half of them to 80, as if each were padded to its longest row. But for batch norm both nets know what is
-padding: it is cleared after each layer, and left out of the average over time.
+half of them to 80, as if each were padded to its longest row; the test is always padded to 20. But for batch
+norm both nets know what is padding: it is cleared after each layer, and left out of the average over time.
 """
 
 from collections.abc import Callable
