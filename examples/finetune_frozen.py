@@ -83,9 +83,7 @@ def changed(split: Split, rng: np.random.Generator) -> Split:
 def learn(split: Split, steps: int, seed: int) -> State:
     """A net that is new, trained in the usual way."""
     optimizer = optax.adam(0.002)
-    init = jax.jit(model.init, static_argnames="train")
-    variables = init(jax.random.key(seed), split.images[:1], train=False)
-    state = State(**variables, opt_state=optimizer.init(variables["params"]))
+    state = parallel.initial_state(model, optimizer, seed, split.images[:1])
     rows = batches.whole_batches(seed, len(split.labels), BATCH_SIZE, steps)
     return fit(parallel.jit_step(model, optimizer), state, split, rows, "the earlier net")
 

@@ -23,7 +23,7 @@ from errors import one_line_errors
 from idx import MNIST, NUM_CLASSES, Split, load_splits
 from jbn.linen import BatchNorm
 from models import to_unit_range
-from parallel import State, updated
+from parallel import State, initial_state, updated
 from progress import progress_bar
 
 BATCH_SIZE = 128
@@ -74,7 +74,8 @@ def main(steps: int = 500, seed: int = 0) -> None:
     for net in (Net(masked=True), Net(masked=False)):
         train_step, count_correct = make_train_step(net), make_count_correct(net)
         for padding, lengths in PADDINGS.items():
-            state = initial_state(net, seed)
+            first = padded(train_set, rows[0, :1], LONGEST)
+            state = initial_state(net, optimizer, seed, first.columns, first.mask)
             drawn = np.random.default_rng(seed).choice(lengths, steps)
             with progress_bar(f"padded {padding}", rows.size) as bar:
                 for some, length in zip(rows, drawn, strict=True):
@@ -105,12 +106,6 @@ def padded(sequences: Sequences, rows: np.ndarray, length: int) -> Batch:
     """Those rows as a batch of `length` columns."""
     columns = np.pad(sequences.columns[rows], ((0, 0), (0, length - LONGEST), (0, 0)))
     return Batch(columns, np.arange(length) < sequences.lengths[rows, np.newaxis], sequences.labels[rows])
-
-
-def initial_state(net: Net, seed: int) -> State:
-    columns, mask = jnp.zeros((1, LONGEST, 28)), jnp.ones((1, LONGEST), bool)
-    variables = net.init(jax.random.key(seed), columns, mask, train=False)
-    return State(**variables, opt_state=optimizer.init(variables["params"]))
 
 
 def make_train_step(net: Net) -> Callable[[State, Batch], State]:

@@ -32,7 +32,7 @@ from curves import LABEL, save_picture
 from errors import one_line_errors
 from idx import MNIST, NUM_CLASSES, Split, load_splits
 from jbn.linen import BatchNorm
-from parallel import State, updated
+from parallel import State, initial_state, updated
 from progress import progress_bar
 
 BATCH_SIZE, HIDDEN = 60, 100
@@ -115,17 +115,12 @@ def main(
     histories = {}
     for name in COLORS:
         net, optimizer = Net(name == "with batch norm", spread), optax.sgd(learning_rate)
-        state = initial_state(net, optimizer, seed)
+        # Keys depend on the seed and on the names of layers, so both nets get the same weights.
+        state = initial_state(net, optimizer, seed, train_set.images[:1])
         with progress_bar(name, rows.size) as bar:
             histories[name] = train(net, optimizer, state, rows, train_set, test_set, bar)
     draw(histories, output)
     print(sentence(*histories.values()))
-
-
-def initial_state(net: Net, optimizer: optax.GradientTransformation, seed: int) -> State:
-    """Keys depend on the seed and on the names of layers, so both nets get the same weights."""
-    variables = net.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1)), train=False)
-    return State(variables["params"], variables.get("batch_stats", {}), optimizer.init(variables["params"]))
 
 
 def train(

@@ -35,6 +35,15 @@ class State(NamedTuple):
 TrainStep = Callable[[State, Batch], tuple[State, jax.Array]]
 
 
+def initial_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, *inputs: np.ndarray
+) -> State:
+    """A new state of a net that is called with such inputs; without batch norm it has no `batch_stats`."""
+    variables = model.init(jax.random.key(seed), *inputs, train=False)
+    params = variables["params"]
+    return State(params, variables.get("batch_stats", {}), optimizer.init(params))
+
+
 def jit_step(model: nn.Module, optimizer: optax.GradientTransformation) -> TrainStep:
     """The step for a whole batch, on one device or sharded over many.
 
