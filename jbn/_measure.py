@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float, Num
 from jbn._devices import Reduction
 from jbn._types import X, sharded_like, spec, wide
 
-# The rows whose mean is the shift. One row would do, but then (shift - mean)^2 is of the size of the
-# variance, in the worst of many channels ten times it, and as many times larger is the error of
-# E[(x - shift)^2] - (mean - shift)^2. The mean of 32 rows makes that factor at most about 1.3.
-_SHIFT_ROWS = 32
+# The rows whose mean is the shift, and how many at most along an axis of an example. One row would do, but
+# then (shift - mean)^2 is of the size of the variance, in the worst of many channels ten times it, and as
+# much larger is the error of E[(x - shift)^2] - (mean - shift)^2. The mean of 32 rows makes that 1.3 times.
+_SHIFT_ROWS, _ROWS_PER_AXIS = 32, 8
 
 # Up to so many devices one collective carries a table of every device's moments, which is then merged
 # exactly. Beyond, its bytes would grow with the devices, and two collectives of constant size take over.
@@ -76,11 +76,11 @@ def _joined(parts: Measured) -> Measured:
 def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...]) -> Measured:
     total, values = _counts(x, weights, axes)
     shift = lax.stop_gradient(_shift(x, weights, axes, total))
-    offset = centre(x, shift, weights)
     total, values = (sharded_like(jnp.broadcast_to(n, shift.shape), shift) for n in (total, values))
     divisor = _or_one(total)
-    rest = _weighted_sum(offset, weights, axes) / divisor
-    var = _weighted_sum(offset * offset, weights, axes) / divisor - rest * rest
+    rest = weighted_sum(centre(x, shift, weights, "mean"), weights, axes) / divisor
+    offset = centre(x, shift, weights, "variance")
+    var = weighted_sum(offset * offset, weights, axes) / divisor - rest * rest
     return Measured(total, values, shift, rest, _not_negative(var))
 
 
@@ -94,9 +94,24 @@ def zeroed(value: Array, weights: Array | None) -> Array:
     return value if weights is None else jnp.where(used(weights), value, jnp.zeros_like(value))
 
 
-def centre(x: X, shift: Array, weights: Array | None) -> Array:
-    """x - shift, and 0 for entries that take no part."""
-    return zeroed(x.astype(shift.dtype) - shift, weights)
+def centre(x: X, shift: Array, weights: Array | None, use: str = "") -> Array:
+    """x - shift, and 0 for entries that take no part.
+
+    For each of the sums, whose name is `use`, it is an expression that XLA does not find to be another one's,
+    by a sign in the small vector or an axis of size 1. What a sum alone uses, XLA for CPUs computes inside of
+    that sum; what something else uses too, it stores first: a pass to write, and one to read for each.
+    """
+    x = x.astype(shift.dtype)
+    match use:
+        case "mean":
+            offset = (x[None] - shift[None])[0]
+        case "variance":
+            offset = x + -shift
+        case "gradient":
+            offset = (x[None] + -shift[None])[0]
+        case _:
+            offset = x - shift
+    return zeroed(offset, weights)
 
 
 def _shift(x: X, weights: Array | None, axes: tuple[int, ...], total: Array) -> Array:
@@ -110,24 +125,42 @@ def _shift(x: X, weights: Array | None, axes: tuple[int, ...], total: Array) -> 
     dtype = wide(x.dtype)
     if not all(x.shape[axis] for axis in axes):
         return jnp.zeros([1 if axis in axes else size for axis, size in enumerate(x.shape)], dtype)
-    if weights is None:
-        rows = _first_rows(x, axes).astype(dtype)
-        low, mean, high = (reduce(rows, axes, keepdims=True) for reduce in (jnp.min, jnp.mean, jnp.max))
-        return jnp.clip(mean, low, high)
-    taken, rows = used(weights), x.astype(dtype)
+    if weights is None and _can_be_cut(x, axes):
+        first, rows = (value.astype(dtype) for value in _some_rows(x, axes))
+        return first + jnp.mean(rows - first, axes, keepdims=True)  # exactly the value of a constant channel
+    taken, rows = None if weights is None else used(weights), x.astype(dtype)
     low = jnp.min(rows, axes, keepdims=True, where=taken, initial=np.inf)
     high = jnp.max(rows, axes, keepdims=True, where=taken, initial=-np.inf)
-    mean = _weighted_sum(zeroed(rows, weights), weights, axes) / _or_one(total)
+    mean = weighted_sum(zeroed(rows, weights), weights, axes) / _or_one(total)
     return jnp.where(low > high, jnp.zeros_like(mean), jnp.clip(mean, low, high))
 
 
-def _first_rows(x: X, axes: tuple[int, ...]) -> X:
-    """As many leading examples as hold `_SHIFT_ROWS` rows, cut before any conversion of dtype."""
-    if not axes or spec(x)[axes[0]] is not None or not all(isinstance(x.shape[a], int) for a in axes):
-        return x
-    rows_per_example = math.prod(x.shape[axis] for axis in axes[1:])
-    examples = min(x.shape[axes[0]], math.ceil(_SHIFT_ROWS / rows_per_example))
-    return lax.slice_in_dim(x, 0, examples, axis=axes[0])
+def _can_be_cut(x: X, axes: tuple[int, ...]) -> bool:
+    """Whether rows can be taken from the front: not over explicit mesh axes, nor of unknown size."""
+    return bool(axes) and all(isinstance(x.shape[axis], int) and spec(x)[axis] is None for axis in axes)
+
+
+def _some_rows(x: X, axes: tuple[int, ...]) -> tuple[X, X]:
+    """The first row, and rows of the first examples, `_SHIFT_ROWS` of them or more if there are as many.
+
+    Cut before any conversion of dtype, and spread over an example: its first rows may be a border. Along
+    each axis a power of two, so that to divide their sum rounds nothing, and every kernel that computes the
+    shift again, with a fused multiply-add or without, finds the same.
+    """
+    sizes, steps = list(x.shape), [1] * x.ndim
+    for axis in axes[1:]:
+        sizes[axis] = min(_power_of_two(x.shape[axis]), _ROWS_PER_AXIS)
+        steps[axis] = x.shape[axis] // sizes[axis]
+    per_example = math.prod(sizes[axis] for axis in axes[1:])
+    sizes[axes[0]] = min(_power_of_two(x.shape[axes[0]]), math.ceil(_SHIFT_ROWS / per_example))
+    limits = [(size - 1) * step + 1 for size, step in zip(sizes, steps, strict=True)]
+    rows = lax.slice(x, [0] * x.ndim, limits, steps)
+    return lax.slice(x, [0] * x.ndim, [1 if a in axes else size for a, size in enumerate(x.shape)]), rows
+
+
+def _power_of_two(size: int) -> int:
+    """The largest one up to size."""
+    return 1 << (size.bit_length() - 1)
 
 
 def _counts(x: X, weights: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -144,20 +177,15 @@ def _counts(x: X, weights: Array | None, axes: tuple[int, ...]) -> tuple[Array, 
     return repeats * jnp.sum(zeroed(weights.astype(dtype), weights), axes, keepdims=True), values
 
 
-def _weighted_sum(values: Array, weights: Array | None, axes: tuple[int, ...]) -> Array:
+def weighted_sum(values: Array, weights: Array | None, axes: tuple[int, ...]) -> Array:
     """Sum of weight times value; values of entries that take no part are 0 already."""
     if weights is not None and weights.dtype != bool:
         values = values * zeroed(weights.astype(values.real.dtype), weights)
     return jnp.sum(values, axes, keepdims=True)
 
 
-def sums(values: list[Array], weights: Array | None, axes: tuple[int, ...]) -> Array:
-    """The weighted sums of several arrays over the rows of this device, stacked."""
-    return jnp.stack([_weighted_sum(value, weights, axes) for value in values])
-
-
 def expectations(sums: Array, total: Array, reduction: Reduction) -> Array:
-    """The means that belong to such sums, over rows and devices, in one collective.
+    """The means that belong to stacked sums of this device, over rows and devices, in one collective.
 
     `total` is that of `measure`, over all devices; where it is 0 the mean is 0.
     """

@@ -85,7 +85,7 @@ def remember(
     return new_stats
 
 
-@functools.partial(jax.jit, static_argnames=("unbiased", "skip_nonfinite"), inline=True)
+@functools.partial(jax.jit, static_argnames=("unbiased", "skip_nonfinite"))
 def _remember(
     batch_stats: BatchStats,
     moments: Moments,

@@ -89,7 +89,9 @@ def sharded_like(value: Array, x: X) -> Array:
     wanted = tuple(None if size == 1 else axes for size, axes in zip(value.shape, spec(x), strict=True))
     if spec(value) == wanted:
         return value
-    mesh = jax.typeof(x).sharding.mesh  # x may be on one where none is set
+    # Either may be on a mesh where none is set.
+    meshes = (jax.typeof(array).sharding.mesh for array in (x, value))
+    mesh = next(mesh for mesh in meshes if not mesh.empty)
     sharded: Array = jax.sharding.reshard(
         value, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*wanted))
     )
