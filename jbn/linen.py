@@ -262,6 +262,9 @@ def replace_batch_norm(**overrides: Any) -> Iterator[None]:
     Args:
       **overrides: fields of `jbn.linen.BatchNorm` that get these values in all layers.
 
+    Returns:
+      A context manager.
+
     Raises:
       ValueError: an override that is no field of the layer.
 

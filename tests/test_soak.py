@@ -1,0 +1,52 @@
+"""Ten thousand training steps: nothing is compiled again, and memory does not grow."""
+
+import gc
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jbn
+from tests.cases import assert_close
+
+STEPS, WARM = 10_000, 1_000
+
+
+def test_ten_thousand_steps():
+    params, batch_stats = jbn.init(8, count=True)
+    optimizer = optax.sgd(0.01)
+    x = np.random.default_rng(0).standard_normal((16, 32, 8)).astype(np.float32)
+    traces = []
+
+    @jax.jit
+    def step(params, batch_stats, state, x):
+        traces.append(1)
+
+        def loss(params):
+            y, new = jbn.batch_norm(
+                params, batch_stats, x, use_running_average=False, momentum=0.99, debias=True
+            )
+            return jnp.mean((y - 1) ** 2), new
+
+        gradients, batch_stats_ = jax.grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), batch_stats_, state
+
+    state = optimizer.init(params)
+    for number in range(STEPS):
+        params, batch_stats, state = step(params, batch_stats, state, x[number % 16])
+        if number == WARM:
+            gc.collect()
+            arrays, memory = len(jax.live_arrays()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    assert len(traces) == 1
+    assert len(jax.live_arrays()) == arrays
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 16 * 1024
+    )  # KiB; a leak of 2 KB a step
+    assert int(batch_stats["count"]) == STEPS
+    assert_close(params["bias"], np.ones(8), 1e-3)
+    assert_close(batch_stats["mean"], x.reshape(-1, 8).mean(0), 0.05)
+    assert_close(params["scale"], np.zeros(8), 1e-3)
