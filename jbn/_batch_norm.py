@@ -232,7 +232,7 @@ def run(
         evaluating = False
     check_statistics(_CALL, options, batch_stats, x, axes, training=evaluating is not True)
 
-    inputs = Inputs(scale, bias, residual, weights, x)
+    inputs = Inputs(x, weights, scale, bias, residual)
     if starting:
         options = dataclasses.replace(
             options, axis_name=None, axis_index_groups=None, virtual_batch_size=None

@@ -6,6 +6,7 @@ first, which is exact or nearly so, and the rest is small and keeps all its digi
 """
 
 import dataclasses
+import enum
 import functools
 import math
 from typing import NamedTuple
@@ -43,6 +44,19 @@ class Measured(NamedTuple):
     var: Float[Array, "..."]
 
 
+class Use(enum.Enum):
+    """What x - shift is for: as many axes of size 1 make each use another expression to XLA.
+
+    What one sum alone uses, XLA for CPUs computes inside of that sum. What something else uses too, it stores
+    first: a pass to write, and one to read for each.
+    """
+
+    ENTRIES = 0
+    MEAN = 1
+    VARIANCE = 2
+    GRADIENT = 3
+
+
 def measure(x: X, weights: Array | None, reduction: Reduction) -> Measured:
     """Moments of x over the axes and devices of `reduction`, in float32 or wider.
 
@@ -78,8 +92,8 @@ def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...]) -> Measur
     shift = lax.stop_gradient(_shift(x, weights, axes, total))
     total, values = (sharded_like(jnp.broadcast_to(n, shift.shape), shift) for n in (total, values))
     divisor = _or_one(total)
-    rest = weighted_sum(centre(x, shift, weights, "mean"), weights, axes) / divisor
-    offset = centre(x, shift, weights, "variance")
+    rest = weighted_sum(centre(x, shift, weights, Use.MEAN), weights, axes) / divisor
+    offset = centre(x, shift, weights, Use.VARIANCE)
     var = weighted_sum(offset * offset, weights, axes) / divisor - rest * rest
     return Measured(total, values, shift, rest, _not_negative(var))
 
@@ -94,24 +108,11 @@ def zeroed(value: Array, weights: Array | None) -> Array:
     return value if weights is None else jnp.where(used(weights), value, jnp.zeros_like(value))
 
 
-def centre(x: X, shift: Array, weights: Array | None, use: str = "") -> Array:
-    """x - shift, and 0 for entries that take no part.
-
-    For each of the sums, whose name is `use`, it is an expression that XLA does not find to be another one's,
-    by a sign in the small vector or an axis of size 1. What a sum alone uses, XLA for CPUs computes inside of
-    that sum; what something else uses too, it stores first: a pass to write, and one to read for each.
-    """
-    x = x.astype(shift.dtype)
-    match use:
-        case "mean":
-            offset = (x[None] - shift[None])[0]
-        case "variance":
-            offset = x + -shift
-        case "gradient":
-            offset = (x[None] + -shift[None])[0]
-        case _:
-            offset = x - shift
-    return zeroed(offset, weights)
+def centre(x: X, shift: Array, weights: Array | None, use: Use = Use.ENTRIES) -> Array:
+    """x - shift, and 0 for entries that take no part."""
+    front = tuple(range(use.value))
+    offset = jnp.expand_dims(x, front).astype(shift.dtype) - jnp.expand_dims(shift, front)
+    return zeroed(lax.squeeze(offset, front), weights)
 
 
 def _shift(x: X, weights: Array | None, axes: tuple[int, ...], total: Array) -> Array:
