@@ -1,4 +1,4 @@
-"""Domain-specific batch norm, arXiv 1906.03950: the recipes of the README need nothing new in the core."""
+"""Domain-specific batch norm, arXiv 1906.03950: the recipes of the cookbook need nothing new in the core."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,13 @@ import pytest
 
 import jbn
 from tests.cases import assert_close, tolerance
-from tests.test_documentation import README, blocks
+from tests.test_documentation import ROOT, blocks
 
 TOLERANCE = tolerance(np.float32)
 RNG = np.random.default_rng(0)
 DOMAIN = np.array([0, 2, 0, 2, 2, 0, 0, 2], np.int32)  # none of domain 1
 X = (RNG.standard_normal((8, 5, 3)) * 2 + 10 * DOMAIN[:, None, None]).astype(np.float32)
+COOKBOOK = ROOT / "docs/pages/cookbook.md"
 PARAMS = {"scale": np.array([0.5, 1, 2], np.float32), "bias": np.array([0, 1, -1], np.float32)}
 STATS = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), jbn.init(3)[1])
 
@@ -20,9 +21,9 @@ STATS = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), jbn.init(3)[1])
 @pytest.fixture(scope="module")
 def recipes():
     namespace = {"jax": jax, "jnp": jnp, "jbn": jbn}
-    for source in blocks(README, "python"):
-        if "domain" in source:
-            exec(compile(source, README, "exec"), namespace)
+    for source in blocks(COOKBOOK, "python"):
+        if "_domain(" in source:
+            exec(compile(source, COOKBOOK, "exec"), namespace)
     return namespace
 
 

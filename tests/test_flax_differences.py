@@ -1,4 +1,4 @@
-"""Each difference from Flax's layers that the README lists: what Flax does, and what we do instead."""
+"""Each difference from Flax's layers that docs/pages/migrate/flax.md lists: theirs, and ours."""
 
 import warnings
 
