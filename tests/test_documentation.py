@@ -2,7 +2,6 @@
 
 import doctest
 import importlib
-import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 import jbn
 from tests.cases import loosely
+from tests.test_api import DOORS, public
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -111,20 +111,11 @@ def test_the_differences_from_flax_are_those_that_are_tested():
     )
 
 
-@pytest.mark.parametrize("door", ["jbn", "jbn.linen", "jbn.nnx", "jbn.tools"])
+@pytest.mark.parametrize("door", DOORS)
 def test_the_reference_has_every_public_name(door):
-    """Of `jbn` and `jbn.tools` all that they re-export is public, of the layers' modules what they define."""
     page = ROOT / "docs/pages/reference" / f"{door.rpartition('.')[2]}.md"
     named = re.findall(rf"^::: {re.escape(door)}\.(\w+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    home = re.compile(rf"{re.escape(door)}" + (r"\..*" if door in ("jbn", "jbn.tools") else ""))
-    public = {
-        name
-        for name, value in vars(importlib.import_module(door)).items()
-        if not name.startswith("_")
-        and (inspect.isclass(value) or inspect.isfunction(value))
-        and home.fullmatch(value.__module__)
-    }
-    assert sorted(named) == sorted(public)
+    assert sorted(named) == sorted(public(importlib.import_module(door)))
 
 
 def test_the_version_is_cited():

@@ -1,0 +1,226 @@
+"""Breaks the package in named ways, one at a time, and shows that the tests find each.
+
+    python -m tests.sabotage [NAME ...]    all of them if none is named; with the tests that should be red
+
+A breakage replaces one text of one file in a copy of the repository. Those that no test finds are listed in
+the end, and the exit status is 1.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Break(NamedTuple):
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+BREAKS = {
+    "the shift is 0": Break(
+        "jbn/_measure.py",
+        "return first + jnp.mean(rows - first, axes, keepdims=True)",
+        "return jnp.zeros_like(first)",
+        "tests/test_numerics.py",
+    ),
+    "x is normalized by the unbiased variance": Break(
+        "jbn/_measure.py",
+        "var = weighted_sum(offset * offset, weights, axes) / divisor - rest * rest",
+        "var = weighted_sum(offset * offset, weights, axes) / (divisor - 1) - rest * rest",
+        "tests/test_forward.py",
+    ),
+    "epsilon is left out": Break(
+        "jbn/_measure.py",
+        "square = var + np.asarray(epsilon, var.dtype)",
+        "square = var + np.asarray(0, var.dtype)",
+        "tests/test_forward.py",
+    ),
+    "a constant channel without epsilon is NaN": Break(
+        "jbn/_measure.py", "positive = square != 0", "positive = square == square", "tests/test_numerics.py"
+    ),
+    "devices weigh the same": Break(
+        "jbn/_measure.py",
+        "share = total / _or_one(all_rows)[None]",
+        "share = jnp.ones_like(total) / total.shape[0]",
+        "tests/test_laws.py",
+    ),
+    "the spread of the means is forgotten": Break(
+        "jbn/_measure.py",
+        "jnp.zeros_like(var)) + dot(apart, apart)",
+        "jnp.zeros_like(var))",
+        "tests/test_laws.py",
+    ),
+    "what is masked counts": Break(
+        "jbn/_measure.py",
+        "values = repeats * jnp.sum(used(weights), axes",
+        "values = repeats * jnp.sum(jnp.ones_like(weights), axes",
+        "tests/test_laws.py",
+    ),
+    "fractional weights count as whole": Break(
+        "jbn/_measure.py",
+        "if weights is not None and weights.dtype != bool:\n        values = values",
+        "if False:\n        values = values",
+        "tests/test_forward.py",
+    ),
+    "statistics are in half precision": Break(
+        "jbn/_types.py",
+        "np.float64 if double else np.float32)",
+        "np.float64 if double else np.float16)",
+        "tests/test_numerics.py",
+    ),
+    "the gradient forgets the mean": Break(
+        "jbn/_normalize.py",
+        "constant = -a * mean_dot.astype(kind)",
+        "constant = 0 * a * mean_dot.astype(kind)",
+        "tests/test_gradients.py",
+    ),
+    "the gradient forgets the variance": Break(
+        "jbn/_normalize.py",
+        "slope = -a * (r * r * half_var_dot).astype(kind)",
+        "slope = -a * (0 * r * r * half_var_dot).astype(kind)",
+        "tests/test_gradients.py",
+    ),
+    "the gradient forgets the rest of the mean": Break(
+        "jbn/_normalize.py",
+        "constant = constant - measured.rest.astype(kind) * slope",
+        "constant = constant - 0 * measured.rest.astype(kind) * slope",
+        "tests/test_gradients.py",
+    ),
+    "the second derivative forgets the moments": Break(
+        "jbn/_normalize.py",
+        "still._replace(rest=mean_dot, var=var_dot)",
+        "still",
+        "tests/test_higher_order.py",
+    ),
+    "what is masked has a gradient": Break(
+        "jbn/_normalize.py",
+        "y_dot = zeroed(own + shared, weights)",
+        "y_dot = (own + shared)",
+        "tests/test_gradients.py",
+    ),
+    "what is masked may be NaN": Break(
+        "jbn/_normalize.py",
+        "return jnp.where(used(weights), x, lax.stop_gradient(finite))",
+        "return x",
+        "tests/test_forward.py",
+    ),
+    "relu passes the gradient where residual and y cancel": Break(
+        "jbn/_normalize.py",
+        "lax.optimization_barrier(positive) > 0",
+        "lax.optimization_barrier(positive) >= 0",
+        "tests/test_after.py",
+    ),
+    "momentum weighs the new statistics": Break(
+        "jbn/_running.py", "(momentum, 1 - momentum)", "(1 - momentum, momentum)", "tests/test_running.py"
+    ),
+    "a batch without rows is remembered": Break(
+        "jbn/_running.py",
+        "name: jnp.where(seen, value, batch_stats[name].astype(value.dtype))",
+        "name: value",
+        "tests/test_running.py",
+    ),
+    "a weak type is lost": Break(
+        "jbn/_running.py", "new = jnp.vectorize(lax.full_like)(old, new)", "pass", "tests/test_state.py"
+    ),
+    "the stored variance is biased": Break(
+        "jbn/_running.py",
+        "return moments.var * _bessel(moments.count) if unbiased else moments.var",
+        "return moments.var",
+        "tests/test_remembering.py",
+    ),
+    "a variance that is inf is remembered": Break(
+        "jbn/_running.py",
+        '(("mean", moments.mean), ("var", _stored(moments, unbiased)))',
+        '(("mean", moments.mean),)',
+        "tests/test_remembering.py",
+    ),
+    "debiasing is one update behind": Break(
+        "jbn/_running.py",
+        "log_share = jnp.maximum(count, 1)",
+        "log_share = jnp.maximum(count + 1, 1)",
+        "tests/test_remembering.py",
+    ),
+    "statistics have gradients": Break(
+        "jbn/_batch_norm.py",
+        "return y, lax.stop_gradient(new_stats), moments",
+        "return y, new_stats, moments",
+        "tests/test_flax_differences.py",
+    ),
+    "groups take every so many-th example": Break(
+        "jbn/_ghost.py",
+        "examples = (1, 1) if of_all else (groups, shape[batch] // groups)",
+        "examples = (1, 1) if of_all else (shape[batch] // groups, groups)",
+        "tests/test_groups.py",
+    ),
+    "the correction of renorm has a gradient": Break(
+        "jbn/_renorm.py",
+        "r = lax.stop_gradient(jnp.where(some, jnp.clip(r, 1 / r_max, r_max), jnp.ones_like(r)))",
+        "r = jnp.where(some, jnp.clip(r, 1 / r_max, r_max), jnp.ones_like(r))",
+        "tests/test_renorm.py",
+    ),
+    "a frozen layer has gradients": Break(
+        "jbn/linen.py",
+        "params = jax.lax.stop_gradient(params)",
+        "pass",
+        "tests/test_layer_options.py",
+    ),
+}
+
+
+def broken(text: str, name: str) -> str:
+    """The text of a file with this breakage; its place has to be there, once."""
+    found = text.count(BREAKS[name].old)
+    if found != 1:
+        raise ValueError(f"{name}: {BREAKS[name].file} has its text {found} times")
+    return text.replace(BREAKS[name].old, BREAKS[name].new)
+
+
+def is_found(name: str, copy: Path) -> bool:
+    """Whether a test is red. One that cannot be collected, an exit status above 1, shows nothing."""
+    file = copy / BREAKS[name].file
+    text = file.read_text(encoding="utf-8")
+    file.write_text(broken(text, name), encoding="utf-8")
+    options = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", BREAKS[name].tests]
+    try:
+        result = subprocess.run(
+            [sys.executable, *options],
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(copy)},
+            check=False,
+        )
+    finally:
+        file.write_text(text, encoding="utf-8")
+    if result.returncode > 1:
+        raise RuntimeError(result.stdout + result.stderr)
+    return result.returncode == 1
+
+
+def main(names: list[str]) -> int:
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "repository"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "dist", "__pycache__"))
+        for name in names or BREAKS:
+            start = time.perf_counter()
+            found = is_found(name, copy)
+            print(
+                f"{'found ' if found else 'MISSED'} {time.perf_counter() - start:4.0f} s  {name}", flush=True
+            )
+            missed += [] if found else [name]
+    print(f"{len(missed)} of {len(names or BREAKS)} were missed{': ' if missed else ''}{'; '.join(missed)}")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
