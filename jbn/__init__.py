@@ -5,7 +5,7 @@ The functional door: pure functions over parameters and running statistics. The 
 """
 
 from jbn._batch_norm import batch_norm as batch_norm
-from jbn._batch_norm import init as init
+from jbn._init import init as init
 from jbn._moments import Moments as Moments
 from jbn._moments import merge as merge
 from jbn._moments import moments as moments

@@ -1,22 +1,23 @@
-"""init and batch_norm: measure, normalize, remember."""
+"""batch_norm: measure, normalize, remember."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array
 
 from jbn import _checks
-from jbn._devices import Reduction
+from jbn._affine import Inputs, Normalization, normalize_by
+from jbn._devices import Reduction, axis_size, check_axis_name
+from jbn._errors import naming
 from jbn._ghost import normalize_groups
 from jbn._measure import Measured
 from jbn._moments import Moments, to_moments
-from jbn._normalize import Inputs, Normalization, normalize, normalize_by
+from jbn._normalize import normalize
 from jbn._options import Options, check_options, check_residual, check_several, check_statistics
 from jbn._renorm import Reference, Renorm
 from jbn._running import debiased, remember
@@ -35,61 +36,6 @@ from jbn._types import (
 _CALL = "batch_norm"
 
 Stats = TypeVar("Stats", bound=BatchStats | None)
-
-
-def init(
-    features: int | Sequence[int],
-    *,
-    use_scale: bool = True,
-    use_bias: bool = True,
-    param_dtype: Dtype = jnp.float32,
-    count: bool = False,
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Parameters and running statistics of a new batch norm: it starts as the identity.
-
-    They are the very collections that Flax keeps, so those of a Flax model go straight into `batch_norm`.
-
-    Args:
-      features: the number of channels, or a tuple with the sizes of several feature axes.
-      use_scale: whether there is a scale (gamma).
-      use_bias: whether there is a bias (beta).
-      param_dtype: of scale and bias. Statistics are float32: in bfloat16 a running mean of 100 would never
-        reach 101.
-      count: whether batch_stats also keeps `count`, i32[], the number of updates, and `rows`, f32[C], the
-        rows (or weights) seen.
-
-    Returns:
-      params with `scale` (ones) and `bias` (zeros), and batch_stats with `mean` (zeros) and `var` (ones),
-      all of shape [C].
-
-    Raises:
-      ValueError: features that are not sizes.
-
-    Example:
-      >>> import jbn
-      >>> params, batch_stats = jbn.init(2)
-      >>> print(params["scale"], batch_stats["mean"])
-      [1. 1.] [0. 0.]
-
-    Reference: Ioffe and Szegedy 2015, arXiv 1502.03167.
-    """
-    shape = tuple(features) if isinstance(features, Sequence) else (features,)
-    if not shape or not all(
-        type(n) is not bool and isinstance(n, (int, np.integer)) and n >= 0 for n in shape
-    ):
-        raise _checks.error(
-            "init", "features", repr(features), "an int or a tuple of ints", "Usually x.shape[-1]."
-        )
-    _checks.check_param_dtype("init", param_dtype)
-    params = {}
-    if use_scale:
-        params["scale"] = jnp.ones(shape, param_dtype)
-    if use_bias:
-        params["bias"] = jnp.zeros(shape, param_dtype)
-    batch_stats = {"mean": jnp.zeros(shape, jnp.float32), "var": jnp.ones(shape, jnp.float32)}
-    if count:
-        batch_stats |= {"count": jnp.zeros((), jnp.int32), "rows": jnp.zeros(shape, jnp.float32)}
-    return params, batch_stats
 
 
 def batch_norm(
@@ -204,7 +150,7 @@ def batch_norm(
     return y, new_stats
 
 
-@_checks.naming("jbn.batch_norm")
+@naming("jbn.batch_norm")
 def run(
     params: Params | None,
     batch_stats: Stats,
@@ -239,8 +185,8 @@ def run(
         )
     elif evaluating is not True:
         check_several(_CALL, options, x, axes, weights, certain=evaluating is False)
-    axis_name, groups = _checks.check_axis_name(_CALL, options.axis_name, options.axis_index_groups)
-    size = 1 if evaluating is True else _checks.axis_size(_CALL, axis_name, groups)
+    axis_name, groups = check_axis_name(_CALL, options.axis_name, options.axis_index_groups)
+    size = 1 if evaluating is True else axis_size(_CALL, axis_name, groups)
     config = Normalization(
         Reduction(axes, axis_name, groups, size), float(options.epsilon), dtype, options.activation
     )
@@ -278,8 +224,7 @@ def _train(
         reference = Reference(*_known(config, inputs.x, batch_stats, options), *limits)
     if options.virtual_batch_size is not None:
         return normalize_groups(config, inputs, reference, options.virtual_batch_size)
-    trained: tuple[Array, Measured] = normalize(config, inputs, reference)
-    return trained
+    return normalize(config, inputs, reference)
 
 
 def _evaluate(config: Normalization, inputs: Inputs, batch_stats: Any, options: Options) -> Array:

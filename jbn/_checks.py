@@ -1,54 +1,22 @@
-"""Static validation: what is wrong with a call is said while it is traced, in four parts.
+"""Static validation: what is wrong with a call is said while it is traced."""
 
-The builder `error` makes every text: which argument of which call, what came, what was expected, how to
-mend it. A layer puts its own name and path in the place of the core's, around the call into the core.
-"""
-
-import contextlib
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array
 
-from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, X, describe, output, sharded_like
+from jbn._errors import error
+from jbn._types import Axes, Dtype, X, describe, output, sharded_like
 
 _NUMBERS = (int, float, np.number, np.ndarray, jax.Array)
 _RIGHT_SIZE = (
     "Make them for as many features as x has (jbn.init(features), num_features), or set axis to x's "
     "feature axis."
 )
-
-
-class ArgumentError(ValueError):
-    """An argument that jbn cannot work with: which call, and what is wrong."""
-
-    def __str__(self) -> str:
-        return ": ".join(self.args)
-
-
-class UnboundAxisError(ArgumentError, NameError):
-    """An `axis_name` that nothing around the call binds; JAX and Flax raise `NameError` for it."""
-
-
-def error(
-    call: str, argument: str, got: str, expected: str, fix: str, kind: type[ArgumentError] = ArgumentError
-) -> ArgumentError:
-    """The one builder of error texts."""
-    return kind(f"jbn.{call}", f"{argument} is {got}. Expected {expected}. {fix}")
-
-
-@contextlib.contextmanager
-def naming(call: str) -> Iterator[None]:
-    """Errors inside are those of this call, for the user knows no other; also a decorator."""
-    try:
-        yield
-    except ArgumentError as caught:
-        raise type(caught)(call, *caught.args[1:]) from None
 
 
 def check_x(call: str, x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
@@ -256,57 +224,6 @@ def check_values(call: str, x: X, axes: tuple[int, ...]) -> None:
             "A single value has no variance and would turn into bias: use a larger batch, "
             "use_running_average=True, or axis_name to normalize over several devices.",
         )
-
-
-def check_axis_name(
-    call: str, axis_name: AxisName | None, groups: AxisIndexGroups | None
-) -> tuple[AxisName | None, tuple[tuple[int, ...], ...] | None]:
-    """axis_name and axis_index_groups, hashable; the groups are of equal size and divide a named axis."""
-    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    if groups is None:
-        return axis_name, None
-    try:
-        fixed = tuple(tuple(operator.index(i) for i in group) for group in groups)
-    except TypeError:
-        fixed = ()
-    if axis_name is None or not any(fixed) or len({len(group) for group in fixed}) != 1:
-        raise error(
-            call,
-            "axis_index_groups",
-            f"{groups!r} with axis_name={axis_name!r}",
-            "groups of equal size of the indices of a named axis",
-            "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
-        )
-    return axis_name, fixed
-
-
-def axis_size(call: str, axis_name: AxisName | None, groups: tuple[tuple[int, ...], ...] | None) -> int:
-    """How many devices share a batch, where the axis is bound."""
-    if axis_name is None:
-        return 1
-    try:
-        size = int(lax.psum(1, axis_name))
-    except NameError:
-        raise error(
-            call,
-            "axis_name",
-            f"{axis_name!r}, which nothing around the call binds",
-            "a name bound by shard_map, pmap or vmap",
-            "Run the training step inside one of them with this axis name, or leave axis_name out: "
-            "under jit, sharded arrays are synchronised without it.",
-            UnboundAxisError,
-        ) from None
-    if groups is None:
-        return size
-    if sorted(index for group in groups for index in group) != list(range(size)):
-        raise error(
-            call,
-            "axis_index_groups",
-            f"{groups!r} for the {size} devices of {axis_name!r}",
-            "each index in one group",
-            "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
-        )
-    return len(groups[0])
 
 
 def as_numbers(value: Any) -> Array | None:

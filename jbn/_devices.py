@@ -1,6 +1,7 @@
 """What statistics are taken over: axes of an array, and devices. The collectives are here, and only here."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jbn._checks import error
-from jbn._types import AxisName
+from jbn._errors import UnboundAxisError, error
+from jbn._types import AxisIndexGroups, AxisName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,3 +60,54 @@ class Reduction:
                 "Split the axis in two, for example a mesh of shape (groups, devices per group), and pass "
                 "the name of the second as axis_name.",
             ) from None
+
+
+def check_axis_name(
+    call: str, axis_name: AxisName | None, groups: AxisIndexGroups | None
+) -> tuple[AxisName | None, tuple[tuple[int, ...], ...] | None]:
+    """axis_name and axis_index_groups, hashable; the groups are of equal size and divide a named axis."""
+    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    if groups is None:
+        return axis_name, None
+    try:
+        fixed = tuple(tuple(operator.index(i) for i in group) for group in groups)
+    except TypeError:
+        fixed = ()
+    if axis_name is None or not any(fixed) or len({len(group) for group in fixed}) != 1:
+        raise error(
+            call,
+            "axis_index_groups",
+            f"{groups!r} with axis_name={axis_name!r}",
+            "groups of equal size of the indices of a named axis",
+            "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
+        )
+    return axis_name, fixed
+
+
+def axis_size(call: str, axis_name: AxisName | None, groups: tuple[tuple[int, ...], ...] | None) -> int:
+    """How many devices share a batch, where the axis is bound."""
+    if axis_name is None:
+        return 1
+    try:
+        size = int(lax.psum(1, axis_name))
+    except NameError:
+        raise error(
+            call,
+            "axis_name",
+            f"{axis_name!r}, which nothing around the call binds",
+            "a name bound by shard_map, pmap or vmap",
+            "Run the training step inside one of them with this axis name, or leave axis_name out: "
+            "under jit, sharded arrays are synchronised without it.",
+            UnboundAxisError,
+        ) from None
+    if groups is None:
+        return size
+    if sorted(index for group in groups for index in group) != list(range(size)):
+        raise error(
+            call,
+            "axis_index_groups",
+            f"{groups!r} for the {size} devices of {axis_name!r}",
+            "each index in one group",
+            "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
+        )
+    return len(groups[0])

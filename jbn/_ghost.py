@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jbn._affine import Inputs, Normalization
 from jbn._devices import Reduction
 from jbn._measure import Measured, merge_measured, over_devices
-from jbn._normalize import Inputs, Normalization, normalize
+from jbn._normalize import normalize
 from jbn._renorm import Reference
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Num
 
-from jbn._checks import axis_size, check_axis_name, check_mask, check_x, error
-from jbn._devices import Reduction
+from jbn._checks import check_mask, check_x
+from jbn._devices import Reduction, axis_size, check_axis_name
+from jbn._errors import error
 from jbn._measure import Measured, measure, merge_measured
 from jbn._types import Axes, AxisIndexGroups, AxisName, X, describe
 

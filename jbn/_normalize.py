@@ -3,52 +3,19 @@
 Everything here works on arrays of x's rank: statistics and parameters are 1 along the reduced axes.
 """
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from jbn._devices import Reduction
-from jbn._measure import (
-    Measured,
-    Use,
-    centre,
-    dot,
-    expectations,
-    inverse_deviation,
-    measure,
-    used,
-    weighted_sum,
-    zeroed,
-)
+from jbn._affine import Inputs, Normalization, affine, finished, finite, settled
+from jbn._measure import Measured, dot, expectations, inverse_deviation, measure
 from jbn._renorm import Reference, renormalized
-from jbn._types import X, wide, working
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalization:
-    """What is static about a normalization."""
-
-    reduction: Reduction
-    epsilon: float
-    dtype: np.dtype
-    activation: str | None = None
-
-
-class Inputs(NamedTuple):
-    """What is normalized, all of x's rank: weights, scale, bias and residual broadcast to x; None is none."""
-
-    x: X
-    weights: Array | None
-    scale: Array | None
-    bias: Array | None
-    residual: Array | None
+from jbn._shift import Use, centre, weighted_sum, zeroed
+from jbn._types import X, working
 
 
 def normalize(config: Normalization, inputs: Inputs, reference: Reference | None) -> tuple[Array, Measured]:
@@ -82,7 +49,7 @@ def _normalize(config: Normalization, inputs: Inputs, reference: Reference | Non
     measured = measure(inputs.x, inputs.weights, config.reduction)
     scale, bias = renormalized(config.epsilon, measured, reference, inputs.scale, inputs.bias)
     y = _normalized(config, inputs._replace(scale=scale, bias=bias), measured)
-    return _finished(y, inputs.residual, config), measured
+    return finished(y, inputs.residual, config), measured
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -135,17 +102,10 @@ def _normalize_jvp(
 def _normalized(config: Normalization, inputs: Inputs, measured: Measured) -> Array:
     """y before residual and activation."""
     x, weights, scale, bias, _ = inputs
-    offset = _settled(x, weights).astype(measured.shift.dtype) - measured.shift
+    offset = settled(x, weights).astype(measured.shift.dtype) - measured.shift
     if weights is not None:  # no variance, no scale: what a masked entry holds could become anything
         offset = jnp.where(measured.values > 1, offset, jnp.zeros_like(offset))
-    return _finite(affine(offset, measured.rest, measured.var, scale, bias, config), weights)
-
-
-def _finished(y: Array, residual: Array | None, config: Normalization) -> Array:
-    """relu(y + residual), each as a step of its own: the values of the separate operations in every dtype."""
-    if residual is not None:
-        y = y + residual.astype(y.dtype)
-    return y if config.activation is None else jax.nn.relu(y)
+    return finite(affine(offset, measured.rest, measured.var, scale, bias, config), weights)
 
 
 def _tangent_sums(
@@ -200,53 +160,3 @@ def _tangent(
     if positive is not None:
         y_dot = jnp.where(lax.optimization_barrier(positive) > 0, y_dot, jnp.zeros_like(y_dot))
     return y_dot, mean_dot, 2 * half_var_dot
-
-
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def normalize_by(config: Normalization, inputs: Inputs, mean: Array, var: Array) -> Array:
-    """y by given statistics: one pass, no reduction, differentiable in all arguments."""
-    x, weights, scale, bias, residual = inputs
-    dtype = working(x.dtype, mean.dtype)
-    offset = _settled(x, weights).astype(dtype) - mean.astype(dtype)
-    y = _finite(affine(offset, None, var.astype(wide(dtype)), scale, bias, config), weights)
-    y = y if weights is None else jnp.where(used(weights), y, lax.stop_gradient(y))
-    return _finished(y, residual, config)
-
-
-def affine(
-    offset: Array,
-    rest: Array | None,
-    var: Float[Array, "..."],
-    scale: Array | None,
-    bias: Array | None,
-    config: Normalization,
-) -> Array:
-    """scale * (offset - rest) / sqrt(var + epsilon) + bias, with one factor and one constant per channel.
-
-    So there are few operations per entry: what is cheap, XLA computes again in the backward pass, inside of
-    other kernels, instead of storing it.
-    """
-    parts = [part for part in (offset, rest, var, scale, bias) if part is not None]
-    chex.assert_equal_rank(parts)
-    kind = working(*(part.dtype for part in parts))
-    factor = inverse_deviation(var, config.epsilon).astype(kind)
-    if scale is not None:
-        factor = factor * scale.astype(kind)
-    constant = None if bias is None else bias.astype(kind)
-    if rest is not None:
-        constant = -rest.astype(kind) * factor + (0 if constant is None else constant)
-    y = offset.astype(kind) * factor
-    return (y if constant is None else y + constant).astype(config.dtype)
-
-
-def _finite(y: Array, weights: Array | None) -> Array:
-    """y, and 0 for entries that take no part where they would overflow."""
-    return y if weights is None else jnp.where(used(weights) | jnp.isfinite(y), y, jnp.zeros_like(y))
-
-
-def _settled(x: X, weights: Array | None) -> X:
-    """x with entries that take no part as finite constants."""
-    if weights is None:
-        return x
-    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    return jnp.where(used(weights), x, lax.stop_gradient(finite))

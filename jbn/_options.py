@@ -17,10 +17,10 @@ from jbn._checks import (
     check_momentum,
     check_static,
     check_values,
-    error,
     fits,
 )
-from jbn._renorm import Renorm
+from jbn._errors import error
+from jbn._renorm import Renorm, check_renorm
 from jbn._types import Axes, AxisIndexGroups, AxisName, BatchStats, X, across, describe, sharded_like
 
 
@@ -73,7 +73,7 @@ def check_options(
             "a static int from 1 up, or None",
             "Usually 32 to 256.",
         )
-    _check_renorm(call, options.renorm, x)
+    check_renorm(call, options.renorm, x)
     if options.activation is not None and (
         options.activation != "relu" or jnp.issubdtype(dtype, jnp.complexfloating)
     ):
@@ -197,40 +197,6 @@ def check_constant(call: str, momentum: float | Array | None) -> None:
             "a number, or None",
             "What is left of the initial statistics is known for a momentum that stays the same.",
         )
-
-
-def _check_renorm(call: str, renorm: Any, x: X) -> None:
-    """Limits that are possible, and real x."""
-    if renorm is None:
-        return
-    limits = {"r_max": 1, "d_max": 0}
-    if not isinstance(renorm, Renorm) or not all(
-        _is_scalar_from(lowest, getattr(renorm, name)) for name, lowest in limits.items()
-    ):
-        raise error(
-            call,
-            "renorm",
-            describe(renorm),
-            "jbn.Renorm(r_max, d_max) with scalars, r_max from 1 and d_max from 0 up",
-            "The paper ends at jbn.Renorm(3.0, 5.0).",
-        )
-    if jnp.iscomplexobj(x):
-        raise error(
-            call,
-            "renorm",
-            f"given for x = {describe(x)}",
-            "real x",
-            "How to clip a complex d, no paper says.",
-        )
-
-
-def _is_scalar_from(lowest: int, value: Any) -> bool:
-    """Whether the value is a real scalar, and in the range as far as that is known while tracing."""
-    array = as_numbers(value)
-    if array is None or array.shape or jnp.iscomplexobj(array):
-        return False
-    # By NumPy: while jit traces, jnp.asarray(0.5) and a comparison of arrays are traced too.
-    return isinstance(value, jax.core.Tracer) or bool(np.asarray(value) >= lowest)
 
 
 def check_residual(call: str, residual: Any, x: X, dtype: np.dtype) -> Array | None:

@@ -1,7 +1,7 @@
 """Batch renormalization: the batch's statistics, corrected towards the running ones."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jbn._checks import as_numbers
+from jbn._errors import error
 from jbn._measure import Measured, inverse_deviation
-from jbn._types import working
+from jbn._types import X, describe, working
 
 
 @jax.tree_util.register_dataclass
@@ -78,3 +80,37 @@ def renormalized(
     if scale is not None:
         r, d = scale.astype(kind) * r, scale.astype(kind) * d
     return r, d if bias is None else bias.astype(kind) + d
+
+
+def check_renorm(call: str, renorm: Any, x: X) -> None:
+    """Limits that are possible, and real x."""
+    if renorm is None:
+        return
+    limits = {"r_max": 1, "d_max": 0}
+    if not isinstance(renorm, Renorm) or not all(
+        _is_scalar_from(lowest, getattr(renorm, name)) for name, lowest in limits.items()
+    ):
+        raise error(
+            call,
+            "renorm",
+            describe(renorm),
+            "jbn.Renorm(r_max, d_max) with scalars, r_max from 1 and d_max from 0 up",
+            "The paper ends at jbn.Renorm(3.0, 5.0).",
+        )
+    if jnp.iscomplexobj(x):
+        raise error(
+            call,
+            "renorm",
+            f"given for x = {describe(x)}",
+            "real x",
+            "How to clip a complex d, no paper says.",
+        )
+
+
+def _is_scalar_from(lowest: int, value: Any) -> bool:
+    """Whether the value is a real scalar, and in the range as far as that is known while tracing."""
+    array = as_numbers(value)
+    if array is None or array.shape or jnp.iscomplexobj(array):
+        return False
+    # By NumPy: while jit traces, jnp.asarray(0.5) and a comparison of arrays are traced too.
+    return isinstance(value, jax.core.Tracer) or bool(np.asarray(value) >= lowest)

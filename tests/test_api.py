@@ -31,8 +31,10 @@ def public(module):
         for name, value in vars(module).items()
         if not name.startswith("_")
         and (inspect.isclass(value) or inspect.isfunction(value))
-        and value.__module__.startswith("jbn")
-        and (value.__module__ == module.__name__ or module in (jbn, jbn.tools))
+        and (
+            value.__module__.startswith(module.__name__ + ".")
+            or (module is jbn and value.__module__.startswith("jbn._"))
+        )
     }
 
 

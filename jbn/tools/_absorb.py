@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array
 
-from jbn._checks import naming
+from jbn._errors import naming
 from jbn._measure import inverse_deviation
 from jbn._types import Axes, Dtype, wide
 from jbn.tools._debias import unbiased_start

@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jbn._checks import check_momentum, check_static, naming
+from jbn._checks import check_momentum, check_static
+from jbn._errors import naming
 from jbn._running import update
 from jbn._types import kept
 from jbn.tools._trees import (

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import DictKey
 from jaxtyping import Array
 
-from jbn._checks import error
+from jbn._errors import error
 from jbn._moments import Moments, merge_stacked
 from jbn._running import moving_average
 from jbn._types import describe, wide, working

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from jbn._checks import check_momentum, error
+from jbn._checks import check_momentum
+from jbn._errors import error
 from jbn._options import check_constant
 from jbn._running import debiased, settled
 from jbn._types import BatchStats

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jbn._checks import error
+from jbn._errors import error
 from jbn._moments import Moments
 from jbn._types import describe
 from jbn.tools._trees import Layer

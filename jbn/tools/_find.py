@@ -17,7 +17,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 import jbn.linen
 import jbn.nnx
-from jbn._checks import error
+from jbn._errors import error
 from jbn._types import describe
 from jbn.tools._trees import Layer, Path, Variables, dotted, shown
 

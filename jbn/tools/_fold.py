@@ -12,7 +12,8 @@ from flax.core import meta
 from jaxtyping import Array
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from jbn._checks import as_numbers, check_entries, check_epsilon, error
+from jbn._checks import as_numbers, check_entries, check_epsilon
+from jbn._errors import error
 from jbn._measure import inverse_deviation
 from jbn._types import Axes, BatchStats, Dtype, Params, describe, sharded_like, wide, working
 

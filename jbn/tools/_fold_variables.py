@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jbn._checks import error
+from jbn._errors import error
 from jbn._types import Axes, describe
 from jbn.tools._absorb import FOLD_VARIABLES, Model, Pair, layers_and_norms
 from jbn.tools._find import calls_of, found_pairs, kernel_axes, named_pairs

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jbn._checks import error
+from jbn._errors import error
 from jbn._types import BatchStats, Params
 from jbn.tools._arrays import label_of, read, to_jax, to_numpy, weight_of_updates, write
 from jbn.tools._libraries import HAIKU, check_names

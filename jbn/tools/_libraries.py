@@ -7,7 +7,7 @@ description and know no library by name, but for what only one of them does.
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from jbn._checks import error
+from jbn._errors import error
 from jbn._types import describe
 
 

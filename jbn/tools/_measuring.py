@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jbn._checks import error
+from jbn._errors import error
 from jbn._types import describe
 from jbn.linen import replace_batch_norm
 from jbn.nnx import BatchMoments, keep_batch_moments

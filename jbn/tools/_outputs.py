@@ -12,7 +12,7 @@ from jaxtyping import Array
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from jbn._batch_norm import batch_norm
-from jbn._checks import error
+from jbn._errors import error
 from jbn._types import Axes, describe, kept, working
 from jbn.tools._absorb import FOLD_VARIABLES, Pair, layers_and_norms
 from jbn.tools._find import evaluating

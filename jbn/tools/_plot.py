@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jbn._checks import error
+from jbn._errors import error
 from jbn.tools._drift import Channels, LayerReport
 from jbn.tools._report import MomentsOf, report
 from jbn.tools._table import FAR, Report

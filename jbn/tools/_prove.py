@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jbn._checks import error
+from jbn._errors import error
 from jbn._types import Dtype, sharded_like, wide
 from jbn.tools._absorb import FOLD_VARIABLES, Model, Pair, folded_model, layers_and_norms, with_norm
 from jbn.tools._outputs import outputs_of, outputs_of_pairs

@@ -14,7 +14,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from jbn._checks import error
+from jbn._errors import error
 from jbn._moments import Moments, merge
 from jbn._running import settled
 from jbn._types import describe, kept, sharded_like

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from jbn._checks import error
+from jbn._errors import error
 from jbn._running import MANY
 from jbn.tools._drift import Channels, LayerReport
 from jbn.tools._trees import some

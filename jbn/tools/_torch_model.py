@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jbn._checks import error, naming
+from jbn._errors import error, naming
 from jbn._types import describe
 from jbn.tools._arrays import to_jax, to_numpy
 from jbn.tools._libraries import brief

@@ -14,7 +14,7 @@ from flax.core import FrozenDict, freeze, meta, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from jbn._checks import error
+from jbn._errors import error
 from jbn._moments import Moments
 from jbn._types import describe
 from jbn.nnx import BatchMoments

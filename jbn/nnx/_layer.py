@@ -3,60 +3,24 @@
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.nn.initializers import Initializer, ones, zeros
 from jaxtyping import Array
 
 from jbn._batch_norm import run
-from jbn._checks import check_flag, check_static, error, naming
-from jbn._moments import Moments, merge
+from jbn._checks import check_flag, check_static
+from jbn._errors import error, naming
+from jbn._moments import merge
 from jbn._options import Options, check_start, counters
 from jbn._renorm import Renorm
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
-
-Model = TypeVar("Model", bound=nnx.Module)
-
-_FLAX_SETTINGS = (
-    "use_running_average",
-    "axis",
-    "momentum",
-    "epsilon",
-    "dtype",
-    "axis_name",
-    "axis_index_groups",
-    "use_fast_variance",
-    "promote_dtype",
-)
-_OWN_SETTINGS = {
-    "frozen": False,
-    "unbiased": False,
-    "debias": False,
-    "skip_nonfinite": False,
-    "virtual_batch_size": None,
-    "renorm": None,
-    "activation": None,
-}
-
-
-class BatchMoments(nnx.BatchStat[Moments]):
-    """The moments of a layer's batches: the counterpart of linen's collection `batch_moments`.
-
-    A filter for them, as `nnx.BatchStat`, whose subclass it is, is one for all statistics.
-
-    Example:
-      >>> import jbn.nnx
-      >>> from flax import nnx
-      >>> layer = jbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
-      >>> jbn.nnx.keep_batch_moments(layer)
-      >>> list(nnx.to_pure_dict(nnx.state(layer, jbn.nnx.BatchMoments)))
-      ['batch_moments']
-    """
+from jbn.nnx._moments import BatchMoments
+from jbn.nnx._settings import setting
 
 
 class BatchNorm(nnx.Module):
@@ -159,25 +123,21 @@ class BatchNorm(nnx.Module):
         )
         bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata) if use_bias else None
         self.scale, self.bias = nnx.data(scale), nnx.data(bias)
-        # Without an initializer no key is drawn, so that the layers behind get the keys that Flax gives them.
-        mean = (
-            jnp.zeros(shape, jnp.float32)
-            if mean_init is None
-            else mean_init(rngs.params(), shape, jnp.float32)
-        )
-        var = (
-            jnp.ones(shape, jnp.float32) if var_init is None else var_init(rngs.params(), shape, jnp.float32)
-        )
-        self.mean, self.var = nnx.BatchStat(mean), nnx.BatchStat(var)
+
+        def initial(init: Initializer | None, default: Callable[..., Array]) -> nnx.BatchStat[Array]:
+            if init is None:  # and draw no key, so that the layers behind get those that Flax gives them
+                return nnx.BatchStat(default(shape, jnp.float32))
+            return nnx.BatchStat(init(rngs.params(), shape, jnp.float32))
+
+        self.mean, self.var = initial(mean_init, jnp.zeros), initial(var_init, jnp.ones)
         counting = bool(counters(momentum, debias))
-        count, rows = jnp.zeros((), jnp.int32), jnp.zeros(shape, jnp.float32)
-        self.count = nnx.data(nnx.BatchStat(count) if counting else None)
-        self.rows = nnx.data(nnx.BatchStat(rows) if counting else None)
+        self.count = nnx.data(nnx.BatchStat(jnp.zeros((), jnp.int32)) if counting else None)
+        self.rows = nnx.data(nnx.BatchStat(jnp.zeros(shape, jnp.float32)) if counting else None)
         self.batch_moments: BatchMoments | None = nnx.data(None)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
-        self.momentum = _setting(momentum)
+        self.momentum = setting(momentum)
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -192,7 +152,7 @@ class BatchNorm(nnx.Module):
         self.debias = debias
         self.skip_nonfinite = skip_nonfinite
         self.virtual_batch_size = virtual_batch_size
-        self.renorm = _setting(renorm)
+        self.renorm = setting(renorm)
         self.activation = activation
         with naming(f"jbn.nnx.BatchNorm of {num_features} features"):
             check_start("nnx.BatchNorm", Options.of(self), mean_init, var_init)
@@ -290,92 +250,3 @@ class BatchNorm(nnx.Module):
 
         with jax.numpy_dtype_promotion("standard"):  # also where promotion is strict
             return jax.eval_shape(a_value, arrays).dtype
-
-
-def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
-    """Gives every batch norm of a model a variable for the moments of its batches, with no rows in it yet.
-
-    Args:
-      model: whose layers `jbn.nnx.BatchNorm` are changed.
-      keep: False takes the variables away again.
-
-    Example:
-      >>> import jax.numpy as jnp, jbn.nnx
-      >>> from flax import nnx
-      >>> layer = jbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
-      >>> jbn.nnx.keep_batch_moments(layer)
-      >>> _ = layer(jnp.array([[1.0], [3.0]])), layer(jnp.array([[5.0]]).repeat(2, 0))
-      >>> print(layer.batch_moments.get_value().mean)
-      [3.5]
-    """
-    for _, layer in nnx.iter_modules(model):
-        if isinstance(layer, BatchNorm):
-            mean, zero = jnp.zeros_like(layer.mean[...]), jnp.zeros_like(layer.var[...])
-            layer.batch_moments = nnx.data(BatchMoments(Moments(zero, mean, zero)) if keep else None)
-
-
-def replace_batch_norm(model: Model, **overrides: Any) -> Model:
-    """A model in which every `flax.nnx.BatchNorm` is a `jbn.nnx.BatchNorm`.
-
-    Models that somebody else wrote get accurate, masked or synchronised batch norm with no edit. The layers
-    are changed in place, wherever in the model they are held, and share their variables, modes and settings
-    with what they were, except for the overrides. Those that are `jbn.nnx.BatchNorm` already get the
-    overrides too. Subclasses, and all other layers, are left alone.
-
-    Args:
-      model: any NNX module, a single batch norm included.
-      **overrides: attributes of `jbn.nnx.BatchNorm` that get these values in all layers.
-
-    Returns:
-      The model.
-
-    Raises:
-      ValueError: an override that is no attribute of the layer.
-
-    Example:
-      >>> import jax.numpy as jnp, jbn.nnx
-      >>> from flax import nnx
-      >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(1)))
-      >>> model = jbn.nnx.replace_batch_norm(model, axis_name="data")
-      >>> type(model.layers[1]).__module__, model.layers[1].axis_name
-      ('jbn.nnx', 'data')
-    """
-    settings = (*_FLAX_SETTINGS, *_OWN_SETTINGS)
-    if unknown := sorted(set(overrides) - set(settings)):
-        raise error(
-            "nnx.replace_batch_norm",
-            "overrides",
-            ", ".join(unknown),
-            f"settings of jbn.nnx.BatchNorm ({', '.join(settings)})",
-            "Check the spelling.",
-        )
-    modules = [module for _, module in nnx.iter_modules(model)]
-    if counters(overrides.get("momentum", 0.0), overrides.get("debias", False)) and any(
-        type(module) in (nnx.BatchNorm, BatchNorm) and getattr(module, "count", None) is None
-        for module in modules
-    ):
-        raise error(
-            "nnx.replace_batch_norm",
-            "overrides",
-            "momentum=None or debias=True",
-            "layers that have counted their updates from the first one",
-            "Make the model with jbn.nnx.BatchNorm and this option, and load its variables.",
-        )
-    for module in modules:
-        layer: Any = module
-        if type(module) is nnx.BatchNorm:
-            # The class alone: wherever the layer is held, and by however many, it stays one object.
-            layer.__class__ = BatchNorm
-            layer.count, layer.rows, layer.batch_moments = (nnx.data(None) for _ in range(3))
-            for name, value in _OWN_SETTINGS.items():
-                setattr(layer, name, value)
-        if type(module) is BatchNorm:
-            for name, value in overrides.items():
-                setattr(layer, name, _setting(value))
-    return model
-
-
-def _setting(value: Any) -> Any:
-    """An attribute of a layer: arrays, as schedules give them, are data for NNX, and no constants."""
-    arrays = (jax.Array, np.ndarray)
-    return nnx.data(value) if any(isinstance(leaf, arrays) for leaf in jax.tree.leaves(value)) else value

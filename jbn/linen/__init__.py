@@ -1,0 +1,4 @@
+"""The layer for Flax linen."""
+
+from jbn.linen._layer import BatchNorm as BatchNorm
+from jbn.linen._models import replace_batch_norm as replace_batch_norm

@@ -1,0 +1,98 @@
+"""Models of NNX as they are: batch norms that keep moments, and ours in the place of Flax's."""
+
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jbn._errors import error
+from jbn._moments import Moments
+from jbn._options import counters
+from jbn.nnx._layer import BatchNorm
+from jbn.nnx._moments import BatchMoments
+from jbn.nnx._settings import FLAX_SETTINGS, OWN_SETTINGS, setting
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
+    """Gives every batch norm of a model a variable for the moments of its batches, with no rows in it yet.
+
+    Args:
+      model: whose layers `jbn.nnx.BatchNorm` are changed.
+      keep: False takes the variables away again.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn.nnx
+      >>> from flax import nnx
+      >>> layer = jbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jbn.nnx.keep_batch_moments(layer)
+      >>> _ = layer(jnp.array([[1.0], [3.0]])), layer(jnp.array([[5.0]]).repeat(2, 0))
+      >>> print(layer.batch_moments.get_value().mean)
+      [3.5]
+    """
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, BatchNorm):
+            mean, zero = jnp.zeros_like(layer.mean[...]), jnp.zeros_like(layer.var[...])
+            layer.batch_moments = nnx.data(BatchMoments(Moments(zero, mean, zero)) if keep else None)
+
+
+def replace_batch_norm(model: Model, **overrides: Any) -> Model:
+    """A model in which every `flax.nnx.BatchNorm` is a `jbn.nnx.BatchNorm`.
+
+    Models that somebody else wrote get accurate, masked or synchronised batch norm with no edit. The layers
+    are changed in place, wherever in the model they are held, and share their variables, modes and settings
+    with what they were, except for the overrides. Those that are `jbn.nnx.BatchNorm` already get the
+    overrides too. Subclasses, and all other layers, are left alone.
+
+    Args:
+      model: any NNX module, a single batch norm included.
+      **overrides: attributes of `jbn.nnx.BatchNorm` that get these values in all layers.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: an override that is no attribute of the layer.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn.nnx
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(1)))
+      >>> model = jbn.nnx.replace_batch_norm(model, axis_name="data")
+      >>> type(model.layers[1]) is jbn.nnx.BatchNorm, model.layers[1].axis_name
+      (True, 'data')
+    """
+    settings = (*FLAX_SETTINGS, *OWN_SETTINGS)
+    if unknown := sorted(set(overrides) - set(settings)):
+        raise error(
+            "nnx.replace_batch_norm",
+            "overrides",
+            ", ".join(unknown),
+            f"settings of jbn.nnx.BatchNorm ({', '.join(settings)})",
+            "Check the spelling.",
+        )
+    modules = [module for _, module in nnx.iter_modules(model)]
+    if counters(overrides.get("momentum", 0.0), overrides.get("debias", False)) and any(
+        type(module) in (nnx.BatchNorm, BatchNorm) and getattr(module, "count", None) is None
+        for module in modules
+    ):
+        raise error(
+            "nnx.replace_batch_norm",
+            "overrides",
+            "momentum=None or debias=True",
+            "layers that have counted their updates from the first one",
+            "Make the model with jbn.nnx.BatchNorm and this option, and load its variables.",
+        )
+    for module in modules:
+        layer: Any = module
+        if type(module) is nnx.BatchNorm:
+            # The class alone: wherever the layer is held, and by however many, it stays one object.
+            layer.__class__ = BatchNorm
+            layer.count, layer.rows, layer.batch_moments = (nnx.data(None) for _ in range(3))
+            for name, value in OWN_SETTINGS.items():
+                setattr(layer, name, value)
+        if type(module) is BatchNorm:
+            for name, value in overrides.items():
+                setattr(layer, name, setting(value))
+    return model
