@@ -358,18 +358,38 @@ def test_the_program_ends_with_its_accuracy_or_one_line(data_dir, tmp_path):
     assert bad.stderr == f"error: {tmp_path / 'none'}: no such folder of IDX files (--data-dir)\n"
 
 
-def test_ctrl_c_leaves_a_usable_checkpoint(options):
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (options | {"epochs": 100_000}).items()]
+def stopped(options, by):
+    """Exit status and error output of the program, stopped by a signal after its first checkpoint."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     program = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while not (options["output"] / "checkpoints" / "5").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        program.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        program.send_signal(by)
         _, stderr = program.communicate(timeout=30)
     finally:
         program.kill()
-    assert program.returncode == 130, stderr
+    return program.returncode, stderr
+
+
+def test_a_killed_run_goes_on_with_nothing_lost(options, tmp_path, monkeypatch):
+    """By SIGKILL, which leaves no time for anything, in the middle of whatever it did."""
+    monkeypatch.setattr(mnist, "LOG_EVERY", 10)  # as it is in the program
+    options = options | {"epochs": 30}
+    whole = options | {"output": tmp_path / "whole"}
+    accuracy = mnist.train(Config(**whole))
+    status, stderr = stopped(options, signal.SIGKILL)
+    assert status == -signal.SIGKILL, stderr
+    assert saved_state(options)[0] < saved_state(whole)[0]
+    assert mnist.train(Config(**options | {"resume": True})) == accuracy
+    assert_same_bits(saved_state(options), saved_state(whole))
+    assert metrics(options["output"]) == metrics(whole["output"])
+
+
+def test_ctrl_c_leaves_a_usable_checkpoint(options):
+    status, stderr = stopped(options | {"epochs": 100_000}, signal.SIGINT)
+    assert status == 130, stderr
     assert re.fullmatch(
         r"stopped at step \d+ of 500000, saved in .*: --resume goes on", stderr.splitlines()[-1]
     )
