@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool
 
 from jbn._types import X, spec, wide
 
-# The rows whose mean is the shift, and how many at most along an axis of an example. One row would do, but
-# then (shift - mean)^2 is of the size of the variance, in the worst of many channels ten times it, and as
-# much larger is the error of E[(x - shift)^2] - (mean - shift)^2. The mean of 32 rows makes that 1.3 times.
-_SHIFT_ROWS, _ROWS_PER_AXIS = 32, 8
+# The rows whose mean is the shift: of so many examples at least, along another axis so many at most. One row
+# would do, but then (shift - mean)^2 is of the size of the variance, in the worst of many channels ten times
+# it, and as much larger is the error of E[(x - shift)^2] - (mean - shift)^2. The mean of 32 makes that 1.3.
+_SHIFT_ROWS, _EXAMPLES, _ROWS_PER_AXIS = 32, 8, 4
 
 
 class Use(enum.Enum):
@@ -47,12 +47,12 @@ def centre(x: X, shift: Array, weights: Array | None, use: Use = Use.ENTRIES) ->
 
 
 def near(x: X, weights: Array | None, axes: tuple[int, ...], total: Array) -> Array:
-    """A constant near the data, per channel: the mean of the first rows, or of all rows.
+    """A constant near the data, per channel: the mean of some rows, or of all rows.
 
-    The first n of N examples bound (shift - mean)^2 by N/n times the variance, so that however far out they
-    lie, the relative error of the variance stays below N/n times that of a sum. All rows, at the price of
-    one more pass, are taken where the first cannot be: under a mask they may be padding, and a dimension
-    that is sharded over an explicit mesh axis, or whose size is symbolic, cannot be cut.
+    n of N rows bound (shift - mean)^2 by N/n times the variance, so that however far out they lie, the
+    relative error of the variance stays below N/n times that of a sum. All rows, at the price of one more
+    pass, are taken where some cannot be: under a mask they may be padding, and a dimension that is sharded
+    over an explicit mesh axis, or whose size is symbolic, cannot be cut.
     """
     dtype = wide(x.dtype)
     if not all(x.shape[axis] for axis in axes):
@@ -73,18 +73,20 @@ def _can_be_cut(x: X, axes: tuple[int, ...]) -> bool:
 
 
 def _some_rows(x: X, axes: tuple[int, ...]) -> tuple[X, X]:
-    """The first row, and rows of the first examples, `_SHIFT_ROWS` of them or more if there are as many.
+    """The first row, and `_SHIFT_ROWS` rows or more if there are as many.
 
-    Cut before any conversion of dtype, and spread over an example: its first rows may be a border. Along
-    each axis a power of two, so that to divide their sum rounds nothing, and every kernel that computes the
+    Cut before any conversion of dtype, and spread over all of x: its first examples may be blank. Along each
+    axis a power of two, so that to divide their sum rounds nothing, and every kernel that computes the
     shift again, with a fused multiply-add or without, finds the same.
     """
     sizes, steps = list(x.shape), [1] * x.ndim
     for axis in axes[1:]:
         sizes[axis] = min(_power_of_two(x.shape[axis]), _ROWS_PER_AXIS)
-        steps[axis] = x.shape[axis] // sizes[axis]
     per_example = math.prod(sizes[axis] for axis in axes[1:])
-    sizes[axes[0]] = min(_power_of_two(x.shape[axes[0]]), math.ceil(_SHIFT_ROWS / per_example))
+    examples = max(_EXAMPLES, math.ceil(_SHIFT_ROWS / per_example))
+    sizes[axes[0]] = min(_power_of_two(x.shape[axes[0]]), examples)
+    for axis in axes:
+        steps[axis] = x.shape[axis] // sizes[axis]
     limits = [(size - 1) * step + 1 for size, step in zip(sizes, steps, strict=True)]
     rows = lax.slice(x, [0] * x.ndim, limits, steps)
     return lax.slice(x, [0] * x.ndim, [1 if a in axes else size for a, size in enumerate(x.shape)]), rows
