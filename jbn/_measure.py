@@ -43,7 +43,7 @@ def measure(x: X, weights: Array | None, reduction: Reduction) -> Measured:
     """Moments of x over the axes and devices of `reduction`, in float32 or wider.
 
     - One pass about a shift near the data, never E[x^2] - E[x]^2 on raw x.
-    - A constant channel has variance 0 exactly: the shift never leaves the range of the values.
+    - A constant channel has variance 0 exactly: the shift is then its value.
     - Weights are 0 or False for entries that take no part, whatever they hold.
     - Differentiable to any order: the shift is a constant, and drops out of every derivative.
     """

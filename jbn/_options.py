@@ -158,11 +158,11 @@ def check_counters(
             )
 
 
-def check_start(call: str, options: Options, mean_init: Any, var_init: Any) -> None:
+def check_start(call: str, debias: bool, mean_init: Any, var_init: Any) -> None:
     """With debias, the initial statistics 0 and 1: they are what is divided out."""
     # unwrapped, since nn.with_partitioning gives an initializer names of axes and the same values
     mean_init, var_init = (None if init is None else inspect.unwrap(init) for init in (mean_init, var_init))
-    if options.debias and (mean_init not in (None, zeros) or var_init not in (None, ones)):
+    if debias and (mean_init not in (None, zeros) or var_init not in (None, ones)):
         raise error(
             call,
             "debias",

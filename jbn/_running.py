@@ -168,7 +168,7 @@ def debiased(batch_stats: BatchStats, momentum: Any) -> BatchStats:
     return {"mean": mean, "var": jnp.maximum((var.astype(kind) - share) / learned, 0)}
 
 
-def settled(count: Array) -> Array:
+def without_end(count: Array) -> Array:
     """A count of updates without end, after which nothing is left of initial statistics."""
     return jnp.full_like(count, jnp.iinfo(count.dtype).max // 2 + 1)
 

@@ -215,7 +215,7 @@ class BatchNorm(nn.Module):
                 "the collection that init returned, or that training updated",
                 "Pass it beside the parameters: apply({'params': params, 'batch_stats': batch_stats}, ...).",
             )
-        check_start("linen.BatchNorm", Options.of(self), self.mean_init, self.var_init)
+        check_start("linen.BatchNorm", self.debias, self.mean_init, self.var_init)
         kind = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
         key = self.make_rng("params") if self.has_rng("params") else None
         initial: dict[str, tuple[Any, ...]] = {

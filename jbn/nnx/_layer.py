@@ -155,7 +155,7 @@ class BatchNorm(nnx.Module):
         self.renorm = setting(renorm)
         self.activation = activation
         with naming(f"jbn.nnx.BatchNorm of {num_features} features"):
-            check_start("nnx.BatchNorm", Options.of(self), mean_init, var_init)
+            check_start("nnx.BatchNorm", debias, mean_init, var_init)
 
     def __call__(
         self,

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jbn._checks import check_momentum, check_static
+from jbn._checks import check_momentum
 from jbn._errors import naming
 from jbn._running import update
 from jbn._types import kept
@@ -73,8 +73,6 @@ def apply_moments(
     """
     call = "tools.apply_moments"
     check_momentum(call, momentum)
-    for name, choice in (("unbiased", unbiased), ("skip_nonfinite", skip_nonfinite)):
-        check_static(call, name, choice)
     layers = batch_norms(call, variables)
     given: Any = variables if moments is None else moments
     step = functools.partial(update, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite)

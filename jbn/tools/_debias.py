@@ -10,10 +10,10 @@ from jaxtyping import Array
 from jbn._checks import check_momentum
 from jbn._errors import error
 from jbn._options import check_constant
-from jbn._running import debiased, settled
+from jbn._running import debiased, without_end
 from jbn._types import BatchStats
 from jbn.nnx import BatchNorm
-from jbn.tools._trees import Path, Variables, batch_norms, dotted, some, with_values
+from jbn.tools._trees import Path, Variables, batch_norms, by_name, dotted, some, with_values
 
 Model = TypeVar("Model", bound=Variables)
 
@@ -59,7 +59,7 @@ def debias(
     counted = {dotted(path): path for path, stats in layers.items() if "count" in stats}
     momenta: dict[str, Any]
     if isinstance(momentum, Mapping):
-        momenta = {path if isinstance(path, str) else dotted(path): value for path, value in momentum.items()}
+        momenta = by_name(momentum)
     elif momentum is None and isinstance(variables, nnx.Module):
         momenta = _own(variables)
     else:
@@ -97,6 +97,6 @@ def _check(momentum: Any) -> None:
 def unbiased_start(batch_stats: BatchStats, momentum: float | None) -> dict[str, Array]:
     """`debias` of one batch norm that has a count."""
     count = jnp.asarray(batch_stats["count"])
-    kept = {name: debiased(batch_stats, momentum)[name] for name in ("mean", "var")}
-    values = {name: value.astype(batch_stats[name].dtype) for name, value in kept.items()}
-    return {**batch_stats, **values, "count": jnp.where(count > 0, settled(count), count)}
+    new = debiased(batch_stats, momentum)
+    values = {name: new[name].astype(batch_stats[name].dtype) for name in ("mean", "var")}
+    return {**batch_stats, **values, "count": jnp.where(count > 0, without_end(count), count)}

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from jbn._errors import error
 from jbn._moments import Moments, merge
-from jbn._running import settled
+from jbn._running import without_end
 from jbn._types import describe, kept, sharded_like
 from jbn.tools._measuring import linen_step, nnx_step
 from jbn.tools._trees import (
@@ -189,7 +189,7 @@ def _replaced(layer: Layer, moments: Moments) -> dict[str, jax.Array]:
     if "count" in stats:  # one of each layer, if layers are stacked
         count = stats["count"]
         ran = jnp.any(moments.count > 0, tuple(range(count.ndim, moments.count.ndim)))
-        stats["count"] = jnp.where(ran, settled(count), count)
+        stats["count"] = jnp.where(ran, without_end(count), count)
     return stats
 
 

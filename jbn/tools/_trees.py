@@ -135,7 +135,7 @@ def moments_of(call: str, given: Any, layers: Iterable[Path]) -> dict[Path, Mome
     """Moments by the layer's path, from any of the forms in which tools take them."""
     holds = isinstance(given, nnx.Module) or (isinstance(given, Mapping) and "batch_moments" in given)
     found: Any = batch_moments(call, given) if holds else given if isinstance(given, Mapping) else {}
-    named = {path if isinstance(path, str) else dotted(path): value for path, value in found.items()}
+    named = by_name(found)
     wrong = [name for name, value in named.items() if not isinstance(value, Moments)]
     if wrong or not named:
         got = f"a mapping {f'without jbn.Moments at {some(wrong)}' if wrong else 'with nothing'}"
@@ -152,6 +152,11 @@ def moments_of(call: str, given: Any, layers: Iterable[Path]) -> dict[Path, Mome
         got, expected = f"one with {some(unknown)}", f"paths of batch norms: {some(sorted(paths))}"
         raise error(call, "moments", got, expected, "Take moments and variables from the same model.")
     return {paths[name]: value for name, value in named.items()}
+
+
+def by_name(given: Mapping[Any, Any]) -> dict[str, Any]:
+    """What a user gives for paths, each as text or as a tuple, by the text."""
+    return {path if isinstance(path, str) else dotted(path): value for path, value in given.items()}
 
 
 def dotted(path: Path) -> str:
