@@ -222,9 +222,10 @@ def _train(
     if options.renorm is not None and batch_stats is not None:
         limits = map(jnp.asarray, (options.renorm.r_max, options.renorm.d_max))
         reference = Reference(*_known(config, inputs.x, batch_stats, options), *limits)
+    guess = None if batch_stats is None else _expanded(batch_stats["mean"], config, inputs.x)
     if options.virtual_batch_size is not None:
-        return normalize_groups(config, inputs, reference, options.virtual_batch_size)
-    return normalize(config, inputs, reference)
+        return normalize_groups(config, inputs, reference, guess, options.virtual_batch_size)
+    return normalize(config, inputs, reference, guess)
 
 
 def _evaluate(config: Normalization, inputs: Inputs, batch_stats: Any, options: Options) -> Array:
@@ -237,7 +238,12 @@ def _known(config: Normalization, x: X, batch_stats: BatchStats, options: Option
     """The mean and the variance of evaluation, with x's rank."""
     stats = debiased(batch_stats, options.momentum) if options.debias else batch_stats
     for name in ("mean", "var"):
-        yield sharded_like(jnp.expand_dims(stats[name], config.reduction.axes), x)
+        yield _expanded(stats[name], config, x)
+
+
+def _expanded(statistic: Array, config: Normalization, x: X) -> Array:
+    """A running statistic with x's rank."""
+    return sharded_like(jnp.expand_dims(statistic, config.reduction.axes), x)
 
 
 def _expanded_params(params: Params | None, x: X, axes: tuple[int, ...]) -> tuple[Array | None, Array | None]:

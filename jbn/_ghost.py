@@ -15,7 +15,7 @@ from jbn._renorm import Reference
 
 
 def normalize_groups(
-    config: Normalization, inputs: Inputs, reference: Reference | None, size: int
+    config: Normalization, inputs: Inputs, reference: Reference | None, guess: Array | None, size: int
 ) -> tuple[Array, Measured]:
     """`normalize` for each group of so many successive examples; the moments are those of the whole batch.
 
@@ -34,7 +34,8 @@ def normalize_groups(
     within = dataclasses.replace(config, reduction=Reduction(tuple(axis + 1 for axis in whole.axes)))
     if reference is not None:
         reference = reference._replace(mean=cut(reference.mean), var=cut(reference.var))
-    y, measured = normalize(within, jax.tree.map(cut, inputs), reference)
+    inputs, guess = jax.tree.map(cut, (inputs, guess))
+    y, measured = normalize(within, inputs, reference, guess)
     parts = Measured(*(jnp.moveaxis(part, batch, 0) for part in lax.stop_gradient(measured)))
     pooled: Measured = merge_measured(parts)
     return jnp.reshape(y, shape), pooled if whole.axis_name is None else over_devices(pooled, whole)

@@ -17,7 +17,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
 from jbn._devices import Reduction
-from jbn._shift import Use, centre, near, or_one, used, weighted_sum, zeroed
+from jbn._shift import Use, centre, near, or_one, used, zeroed
+from jbn._sums import two_sums
 from jbn._types import X, sharded_like, wide
 
 # Up to so many devices one collective carries a table of every device's moments, which is then merged
@@ -39,28 +40,39 @@ class Measured(NamedTuple):
     var: Float[Array, "..."]
 
 
-def measure(x: X, weights: Array | None, reduction: Reduction) -> Measured:
+# Where the mean of the batches before, if it is near, is a better shift than rows of x. XLA for TPUs sums
+# inside of the convolution that makes x, which it cannot as long as the sums wait for rows of x. Elsewhere
+# rows cost nothing, and XLA for GPUs would always make the second pass.
+_GUESSES = "tpu"
+
+
+def measure(x: X, weights: Array | None, reduction: Reduction, guess: Array | None = None) -> Measured:
     """Moments of x over the axes and devices of `reduction`, in float32 or wider.
 
     - One pass about a shift near the data, never E[x^2] - E[x]^2 on raw x.
     - A constant channel has variance 0 exactly: the shift is then its value.
     - Weights are 0 or False for entries that take no part, whatever they hold.
     - Differentiable to any order: the shift is a constant, and drops out of every derivative.
+    - `guess` may tell where the mean lies, of x's rank; a bad one costs a pass on a TPU, and no accuracy.
     """
     if jnp.iscomplexobj(x):
-        return _measure_complex(x, weights, reduction)
-    local = _measure_local(x, weights, reduction.axes)
+        return _measure_complex(x, weights, reduction, guess)
+    local = _measure_local(x, weights, reduction.axes, guess)
     if reduction.axis_name is None:
         return local
     return over_devices(local, reduction)
 
 
-def _measure_complex(x: X, weights: Array | None, reduction: Reduction) -> Measured:
+def _measure_complex(x: X, weights: Array | None, reduction: Reduction, guess: Array | None) -> Measured:
     """Real and imaginary parts side by side along a new first axis: one reduction serves both."""
-    parts = jnp.stack([lax.real(x), lax.imag(x)])
     weights = None if weights is None else weights[None]
+    guess = None if guess is None else _parts(guess)
     moved = dataclasses.replace(reduction, axes=tuple(axis + 1 for axis in reduction.axes))
-    return _joined(measure(parts, weights, moved))
+    return _joined(measure(_parts(x), weights, moved, guess))
+
+
+def _parts(value: Array) -> Array:
+    return jnp.stack([jnp.real(value), jnp.imag(value)])
 
 
 def _joined(parts: Measured) -> Measured:
@@ -69,15 +81,46 @@ def _joined(parts: Measured) -> Measured:
     return Measured(total[0], values[0], lax.complex(*shift), lax.complex(*rest), var[0] + var[1])
 
 
-def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...]) -> Measured:
+def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...], guess: Array | None) -> Measured:
     total, values = _counts(x, weights, axes)
-    shift = lax.stop_gradient(near(x, weights, axes, total))
-    total, values = (sharded_like(jnp.broadcast_to(n, shift.shape), shift) for n in (total, values))
-    divisor = or_one(total)
-    rest = weighted_sum(centre(x, shift, weights, Use.MEAN), weights, axes) / divisor
+    about = functools.partial(_about, x, weights, axes, total)
+
+    def about_rows() -> Sums:
+        return about(lax.stop_gradient(near(x, weights, axes, total)))
+
+    def about_guess(guess: Array) -> Sums:
+        """About the guess where it lies within a deviation of the mean, in every channel; else about rows."""
+        sums = about(guess)
+        sums = sums._replace(shift=guess + jnp.zeros_like(sums.rest))  # as varying over devices as the rest
+        near_it = jnp.all(sums.rest * sums.rest <= sums.var)  # what has overflowed is not
+        return Sums(*lax.cond(near_it, lambda: sums, about_rows))
+
+    if guess is None:
+        sums = about_rows()
+    else:
+        guess = jnp.where(jnp.isfinite(guess), jnp.real(guess), 0).astype(wide(x.dtype))
+        shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+        guess = lax.stop_gradient(sharded_like(jnp.broadcast_to(guess, shape), x))
+        about_it = functools.partial(about_guess, guess)
+        sums = Sums(*lax.platform_dependent(**{_GUESSES: about_it}, default=about_rows))
+    total, values = (sharded_like(jnp.broadcast_to(n, sums.rest.shape), sums.rest) for n in (total, values))
+    return Measured(total, values, *sums)
+
+
+class Sums(NamedTuple):
+    """What is summed about a shift: the last three of `Measured`."""
+
+    shift: Array
+    rest: Array
+    var: Array
+
+
+def _about(x: X, weights: Array | None, axes: tuple[int, ...], total: Array, shift: Array) -> Sums:
+    divisor = or_one(sharded_like(jnp.broadcast_to(total, shift.shape), shift))
     offset = centre(x, shift, weights, Use.VARIANCE)
-    var = weighted_sum(offset * offset, weights, axes) / divisor - rest * rest
-    return Measured(total, values, shift, rest, _not_negative(var))
+    first, second = two_sums(x, centre(x, shift, weights, Use.MEAN), offset * offset, weights, axes)
+    rest = first / divisor
+    return Sums(shift, rest, _not_negative(second / divisor - rest * rest))
 
 
 def _counts(x: X, weights: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:

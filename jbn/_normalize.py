@@ -14,11 +14,14 @@ from jaxtyping import Array
 from jbn._affine import Inputs, Normalization, affine, finished, finite, settled
 from jbn._measure import Measured, dot, expectations, inverse_deviation, measure
 from jbn._renorm import Reference, renormalized
-from jbn._shift import Use, centre, weighted_sum, zeroed
+from jbn._shift import Use, centre, weighted, zeroed
+from jbn._sums import spread
 from jbn._types import X, working
 
 
-def normalize(config: Normalization, inputs: Inputs, reference: Reference | None) -> tuple[Array, Measured]:
+def normalize(
+    config: Normalization, inputs: Inputs, reference: Reference | None, guess: Array | None
+) -> tuple[Array, Measured]:
     """y = scale * (x - mean) / sqrt(var + epsilon) + bias by the moments of the batch, and those moments.
 
     The mean is in two parts, and x - shift is taken first: rounding the mean to one float32 would cost half
@@ -34,19 +37,21 @@ def normalize(config: Normalization, inputs: Inputs, reference: Reference | None
     """
     normalized: tuple[Array, Measured]
     if config.reduction.axis_name is not None:
-        normalized = _normalize(config, inputs, reference)
+        normalized = _normalize(config, inputs, reference, guess)
     else:
         # The first argument has the first gradient, and that decides which sums XLA for GPUs puts into one
         # kernel where two layers share a gradient: by count 1 % of a ResNet-50's traffic, for either dtype.
         values = inputs._asdict()
         first = "x" if inputs.x.dtype.itemsize < 4 else "scale"
-        normalized = _compiled_normalize(config, {first: values.pop(first)}, values, reference)
+        normalized = _compiled_normalize(config, {first: values.pop(first)}, values, reference, guess)
     return normalized
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(config: Normalization, inputs: Inputs, reference: Reference | None) -> tuple[Array, Measured]:
-    measured = measure(inputs.x, inputs.weights, config.reduction)
+def _normalize(
+    config: Normalization, inputs: Inputs, reference: Reference | None, guess: Array | None
+) -> tuple[Array, Measured]:
+    measured = measure(inputs.x, inputs.weights, config.reduction, guess)
     scale, bias = renormalized(config.epsilon, measured, reference, inputs.scale, inputs.bias)
     y = _normalized(config, inputs._replace(scale=scale, bias=bias), measured)
     return finished(y, inputs.residual, config), measured
@@ -54,15 +59,21 @@ def _normalize(config: Normalization, inputs: Inputs, reference: Reference | Non
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled_normalize(
-    config: Normalization, first: dict[str, Any], others: dict[str, Any], reference: Reference | None
+    config: Normalization,
+    first: dict[str, Any],
+    others: dict[str, Any],
+    reference: Reference | None,
+    guess: Array | None,
 ) -> tuple[Array, Measured]:
-    normalized: tuple[Array, Measured] = _normalize(config, Inputs(**first, **others), reference)
+    normalized: tuple[Array, Measured] = _normalize(config, Inputs(**first, **others), reference, guess)
     return normalized
 
 
 @_normalize.defjvp
 def _normalize_jvp(
-    config: Normalization, primals: tuple[Inputs, Reference | None], tangents: tuple[Inputs, Reference | None]
+    config: Normalization,
+    primals: tuple[Inputs, Reference | None, Array | None],
+    tangents: tuple[Inputs, Reference | None, Array | None],
 ) -> tuple[tuple[Array, Measured], tuple[Array, Measured]]:
     """The one rule; forward mode, reverse mode and all orders come from it, collectives included.
 
@@ -80,8 +91,8 @@ def _normalize_jvp(
     - The moments have tangents too. Their first use is the second derivative: this rule, differentiated,
       asks how they move with x.
     """
-    (inputs, reference), (tangent, _) = primals, tangents
-    y, measured = _normalize(config, inputs, reference)
+    (inputs, reference, guess), (tangent, *_) = primals, tangents
+    y, measured = _normalize(config, inputs, reference, guess)
     affine_of = functools.partial(renormalized, config.epsilon, measured, reference)
     (scale, bias), (tangent_scale, tangent_bias) = jax.jvp(
         affine_of, (inputs.scale, inputs.bias), (tangent.scale, tangent.bias)
@@ -114,7 +125,8 @@ def _tangent_sums(
     """Of x_dot and of (x - mean) x_dot, on this device: the rest of the mean where it costs nothing."""
     offset, x_dot = centre(x, measured.shift, weights), zeroed(x_dot.astype(measured.shift.dtype), weights)
     first, second = (
-        weighted_sum(value, weights, config.reduction.axes) for value in (x_dot, dot(offset, x_dot))
+        jnp.sum(weighted(value, weights), config.reduction.axes, keepdims=True)
+        for value in (x_dot, dot(offset, x_dot))
     )
     return jnp.stack([first, (second - dot(measured.rest, first)).astype(first.dtype)])
 
@@ -149,7 +161,8 @@ def _tangent(
     if scale_dot is not None:
         slope = r.astype(kind) * scale_dot.astype(kind) + slope
     constant = constant - measured.rest.astype(kind) * slope
-    own, shared = a * x_dot.astype(kind), constant + offset.astype(kind) * slope
+    own = a * x_dot.astype(kind)
+    shared = spread(x, constant, slope, offset.astype(kind), config.reduction.axes)
     if config.activation is not None and residual_dot is None:
         y = _normalized(config, inputs, measured)
         own = jnp.where(y <= 0, jnp.zeros_like(own), own)
