@@ -1,5 +1,8 @@
 """The strictest JAX there is, on 8 simulated devices; set before anything makes an array."""
 
+import sys
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -7,6 +10,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # an example imports the files beside it
 
 
 @pytest.fixture(scope="session", autouse=True)

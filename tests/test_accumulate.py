@@ -12,7 +12,7 @@ import jbn.linen
 import jbn.nnx
 import jbn.tools
 from tests.cases import assert_close, assert_trees_close, tolerance
-from tests.test_recalibrate import Net, NnxNet, X, linen
+from tests.recalibrating import Net, NnxNet, X, linen
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 

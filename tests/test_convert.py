@@ -18,13 +18,12 @@ from tests.foreign import (
     SETTLED,
     SOME,
     YOUNG,
-    Equinox,
-    Haiku,
     Keras,
     Torch,
     assert_same,
     batch,
 )
+from tests.foreign_jax import Equinox, Haiku
 
 LAYERS = {  # how a layer is made, and after how many updates it is converted
     "torch": (Torch, [SOME]),

@@ -15,13 +15,14 @@ from tests import (
     texts_layers,
     texts_options,
     texts_report,
+    texts_statistics,
     texts_tools,
 )
 from tests.cases import loosely
 
 # By what they are about: the texts, and whether Flax's own layers run before the error.
 TABLES = {
-    "functions": (texts_core.TEXTS, contextlib.nullcontext),
+    "functions": (texts_core.TEXTS | texts_statistics.TEXTS, contextlib.nullcontext),
     "options": (texts_options.TEXTS, contextlib.nullcontext),
     "layers": (texts_layers.TEXTS, contextlib.nullcontext),
     "torch model": (test_torch_model.TEXTS, contextlib.nullcontext),

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -10,8 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import masked_sequences
 import mnist_nnx

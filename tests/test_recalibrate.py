@@ -1,6 +1,4 @@
-"""Population statistics of a stream, and one update for micro-batches: pooled equals concatenated."""
-
-import re
+"""Population statistics of a stream of batches: pooled equals concatenated."""
 
 import flax.linen as nn
 import jax
@@ -15,40 +13,10 @@ import jbn
 import jbn.linen
 import jbn.nnx
 import jbn.tools
-from tests.cases import assert_close, assert_trees_close, tolerance
+from tests.cases import assert_close, assert_trees_close
+from tests.recalibrating import PARTS, TOLERANCE, Net, NnxNet, X, linen
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
-
-TOLERANCE = tolerance(np.float32)
-X = (np.random.default_rng(0).standard_normal((50, 3)) * 2 + 5).astype(np.float32)
-PARTS = [X[:8], X[8:30], X[30:]]
-
-
-class Net(nn.Module):
-    """The first batch norm sees x, the second one what the first gives in training."""
-
-    kind: type = jbn.linen.BatchNorm
-
-    @nn.compact
-    def __call__(self, x, train, mask=None, **options):
-        x = self.kind(use_running_average=not train, name="first")(x, mask=mask, **options)
-        x = nn.relu(nn.Dense(4, name="dense")(x))
-        return self.kind(use_running_average=not train, name="second")(x, mask=mask, **options)
-
-
-def linen(kind=jbn.linen.BatchNorm):
-    net = Net(kind)
-    return net.init(jax.random.key(0), X, False), lambda v, x, **options: net.apply(v, x, True, **options)
-
-
-class NnxNet(nnx.Module):
-    def __init__(self, kind=jbn.nnx.BatchNorm):
-        self.first = kind(3, rngs=nnx.Rngs(0))
-        self.dense = nnx.Linear(3, 4, rngs=nnx.Rngs(1))
-        self.second = kind(4, rngs=nnx.Rngs(2))
-
-    def __call__(self, x, **options):
-        return self.second(nnx.relu(self.dense(self.first(x, **options))), **options)
 
 
 def assert_pooled(new, kernel, bias):
@@ -97,20 +65,6 @@ def test_pooled_over_many_batches():
     new = jbn.tools.recalibrate(layer.apply, variables, batches)["batch_stats"]
     assert_close(new["mean"], x.mean(0), TOLERANCE)
     assert_close(new["var"], x.var(0), TOLERANCE)
-
-
-@pytest.mark.parametrize(("progress", "terminal"), [(True, False), (False, True), (True, True)])
-def test_a_bar_is_shown_where_there_is_a_terminal(progress, terminal, capfd, monkeypatch):
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-    if terminal:
-        monkeypatch.setenv("FORCE_COLOR", "1")
-    variables, train = linen()
-    jbn.tools.recalibrate(train, variables, PARTS, progress=progress)
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert ("Recalibrating" in err) == (progress and terminal)
-    assert bool(err) == (progress and terminal)
 
 
 def test_twice_is_once():
@@ -175,119 +129,6 @@ def test_sharded_batches_are_measured_as_a_whole():
     new = jbn.tools.recalibrate(train, variables, batches)["batch_stats"]
     assert_close(new["first"]["mean"], X[:48].mean(0), TOLERANCE)
     assert_close(new["first"]["var"], X[:48].var(0), TOLERANCE)
-
-
-ROWS = np.random.default_rng(3).normal([0, 1000, 5], [1, 30, 0], (16, 16, 3))
-STREAM = list(ROWS.astype(np.float32))
-
-
-def batches_taken(**limits):
-    """How many batches of `STREAM`, one channel of which is constant, a single layer takes."""
-    layer, (params, batch_stats) = jbn.linen.BatchNorm(use_running_average=False), jbn.init(3)
-    stream = iter(STREAM)
-    variables = {"params": params, "batch_stats": batch_stats}
-    jbn.tools.recalibrate(layer.apply, variables, stream, **limits)
-    return len(STREAM) - len(list(stream))
-
-
-def standard_error(number):
-    """Of the worst mean after so many batches, in standard deviations of its channel."""
-    seen = np.stack(STREAM[:number])[:, :, :2].astype(np.float64)
-    errors = seen.mean(1).std(0, ddof=1) / np.sqrt(number)
-    return (errors / seen.reshape(-1, 2).std(0)).max()
-
-
-def test_it_stops_after_so_many_batches():
-    assert batches_taken(max_batches=3) == 3
-    assert batches_taken(max_batches=3, tolerance=0.0) == 3
-
-
-def test_it_stops_at_an_accuracy():
-    for number in (10, 12):
-        limit = 1.0001 * standard_error(number)
-        assert all(standard_error(fewer) > limit for fewer in range(8, number))
-        assert batches_taken(tolerance=limit) == number
-    assert batches_taken(tolerance=1.0) == 8
-
-
-def test_each_channel_counts_its_own_batches():
-    """Channel 0 has rows in the first batch alone: no spread says how good its mean is."""
-    layer, seen = jbn.linen.BatchNorm(use_running_average=False), []
-
-    def stream():
-        for number in range(20):
-            seen.append(None)
-            yield np.tile(X[:8], (8, 1)), np.array([[number == 0, True, True]])
-
-    def train(variables, batch, **options):
-        return layer.apply(variables, batch[0], mask=batch[1], **options)
-
-    variables = {"params": jbn.init(3)[0], "batch_stats": jbn.init(3)[1]}
-    jbn.tools.recalibrate(train, variables, stream(), tolerance=0.1)
-    assert len(seen) == 20
-
-
-@pytest.mark.parametrize(("length", "most", "total"), [(3, None, 3), (3, 2, 2), (2, 9, 2), (None, 2, 2)])
-def test_the_bar_ends_where_it_stops(monkeypatch, length, most, total):
-    def track(batches, *_, total=None, **__):
-        seen.append(total)
-        return batches
-
-    seen, (variables, train) = [], linen()
-    monkeypatch.setattr("jbn.tools._recalibrate.track", track)
-    batches = PARTS[:length] if length else iter(PARTS)
-    jbn.tools.recalibrate(train, variables, batches, max_batches=most)
-    assert seen == [total]
-
-
-def whole(text):
-    return f"^{re.escape(text)}$"
-
-
-NEVER = (
-    "jbn.tools.recalibrate: {} never ran in training mode, and keep their statistics. Does apply_fn run the "
-    "model in training mode, and are they frozen? Those in nn.scan or nn.vmap need 'batch_moments' beside "
-    "'batch_stats' in variable_axes."
-)
-
-
-def test_a_layer_that_never_ran_is_named_and_kept():
-    variables, train = linen()
-    variables["batch_stats"]["idle"] = {"mean": jnp.full(2, 7.0), "var": jnp.full(2, 9.0)}
-    with pytest.warns(UserWarning, match=whole(NEVER.format("idle"))):
-        new = jbn.tools.recalibrate(train, variables, PARTS)
-    assert_trees_close(new["batch_stats"]["idle"], variables["batch_stats"]["idle"], 0.0)
-    assert_close(new["batch_stats"]["first"]["mean"], X.mean(0), TOLERANCE)
-
-
-def test_layers_that_saw_no_row_are_named_and_kept():
-    net, (variables, _) = Net(), linen()
-    train = lambda v, x, **options: net.apply(v, x, True, np.zeros(len(x), bool), **options)  # noqa: E731
-    with pytest.warns(UserWarning, match="first, second never ran"):
-        new = jbn.tools.recalibrate(train, variables, PARTS)
-    assert_trees_close(new, variables, 0.0)
-
-
-def test_a_model_of_which_nothing_ran_stays_as_it_is():
-    net, (variables, _) = Net(), linen()
-    evaluate = lambda v, x, **options: net.apply(v, x, False, **options)  # noqa: E731
-    with pytest.warns(UserWarning, match=whole(NEVER.format("first, second"))):
-        new = jbn.tools.recalibrate(evaluate, variables, PARTS)
-    assert new is not variables
-    assert_trees_close(new, variables, 0.0)
-    layer, alone = jbn.linen.BatchNorm(True), {"params": jbn.init(3)[0], "batch_stats": jbn.init(3)[1]}
-    with pytest.warns(UserWarning, match=whole(NEVER.format("the model itself"))):
-        jbn.tools.recalibrate(layer.apply, alone, PARTS)
-
-
-def test_batches_that_are_not_finite_are_told():
-    variables, train = linen()
-    text = (
-        "jbn.tools.recalibrate: the batches gave NaN or inf in first, second. Look for NaN in the data, and "
-        "for layers before these that give it."
-    )
-    with pytest.warns(UserWarning, match=whole(text)):
-        jbn.tools.recalibrate(train, variables, [X[:8], X[8:] * np.float32(np.inf)])
 
 
 class Scanned(nn.Module):

@@ -1,6 +1,4 @@
-"""How running statistics remember: cumulative, debiased, unbiased, and not at all where there is no sense."""
-
-import functools
+"""How running statistics remember: unbiased, by schedules, and not at all where there is no sense."""
 
 import jax
 import jax.numpy as jnp
@@ -10,147 +8,17 @@ from flax import nnx
 
 import jbn
 import jbn.nnx
-from tests.cases import assert_close, assert_trees_close, loosely, tolerance
+from tests.cases import assert_close, assert_trees_close, loosely
 from tests.doors import every_door, linen
+from tests.remembering import BATCH_STATS, PARAMS, PARTS, ROWS, TOLERANCE, trained
 
-TOLERANCE = tolerance(np.float32)
-RNG = np.random.default_rng(0)
-PARTS = [(RNG.standard_normal((n, 3)) * 2 + 5 + n).astype(np.float32) for n in (8, 2, 20, 5)]
-ROWS = np.concatenate(PARTS)
-PARAMS, BATCH_STATS = jbn.init(3, count=True)
-
-
-def trained(door, parts, batch_stats=BATCH_STATS, **settings):
-    for x in parts:
-        _, batch_stats = door(PARAMS, batch_stats, x, **settings)
-    return batch_stats
-
-
-def masked(x, size=24):
-    """Padded with NaN, and the mask that takes it out."""
-    padding = np.full((size - len(x), 3), np.nan, np.float32)
-    return {"x": np.concatenate([x, padding]), "mask": np.arange(size) < len(x)}
-
-
-@every_door
-@pytest.mark.parametrize("unbiased", [False, True])
-def test_cumulative_statistics_are_those_of_all_rows(door, unbiased):
-    new = trained(door, PARTS, momentum=None, unbiased=unbiased)
-    assert_close(new["mean"], ROWS.mean(0), TOLERANCE)
-    assert_close(new["var"], ROWS.var(0, ddof=int(unbiased)), TOLERANCE)
-    assert new["count"] == len(PARTS)
-    np.testing.assert_array_equal(new["rows"], np.full(3, len(ROWS), np.float32))
-
-
-@every_door
-def test_cumulative_statistics_of_masked_batches(door):
-    batch_stats = BATCH_STATS
-    for part in PARTS:
-        padded = masked(part)
-        _, batch_stats = door(PARAMS, batch_stats, padded["x"], mask=padded["mask"], momentum=None)
-    _, batch_stats = door(PARAMS, batch_stats, padded["x"], mask=np.zeros(24, bool), momentum=None)
-    assert_close(batch_stats["var"], ROWS.var(0), TOLERANCE)
-    assert batch_stats["count"] == len(PARTS)
-
-
-def test_cumulative_statistics_of_channels_with_different_counts():
-    mask = RNG.random((35, 3)) < 0.5
-    batch_stats = BATCH_STATS
-    for rows, keep in zip(np.split(ROWS, 5), np.split(mask, 5), strict=True):
-        _, batch_stats = jbn.batch_norm(
-            None, batch_stats, rows, use_running_average=False, mask=keep, momentum=None
-        )
-    # A channel with one row in a batch has no variance there, and is not updated.
-    used = np.concatenate([keep & (keep.sum(0) > 1) for keep in np.split(mask, 5)])
-    assert_close(batch_stats["mean"], np.stack([ROWS[used[:, c], c].mean() for c in range(3)]), TOLERANCE)
-    assert_close(batch_stats["var"], np.stack([ROWS[used[:, c], c].var() for c in range(3)]), TOLERANCE)
-
-
-def test_cumulative_statistics_as_a_scan_carry_and_over_devices():
-    x = (RNG.standard_normal((6, 8, 4, 3)) * 3 + 1e3).astype(np.float32)  # [steps, devices, rows, C]
-
-    @functools.partial(jax.pmap, axis_name="data", in_axes=1)
-    def run(x):
-        def step(batch_stats, x):
-            _, new = jbn.batch_norm(
-                PARAMS, batch_stats, x, use_running_average=False, momentum=None, axis_name="data"
-            )
-            return new, None
-
-        return jax.lax.scan(step, BATCH_STATS, x)[0]
-
-    for stats in (jax.tree.map(lambda leaf, i=i: leaf[i], run(x)) for i in (0, 7)):
-        assert_close(stats["mean"], x.reshape(-1, 3).mean(0, dtype=np.float64), TOLERANCE)
-        assert_close(stats["var"], x.reshape(-1, 3).astype(np.float64).var(0), TOLERANCE)
-
-
-def test_update_is_cumulative_too():
-    batch_stats = BATCH_STATS
-    for x in PARTS:
-        batch_stats = jbn.update(batch_stats, jbn.moments(x), momentum=None, unbiased=True)
-    assert_close(batch_stats["var"], ROWS.var(0, ddof=1), TOLERANCE)
-
-
-def test_pytorch_averages_the_batches_where_we_pool_the_rows():
-    """Its mean is ours for equal batches; its variance leaves out the spread of the means."""
-    torch = pytest.importorskip("torch")
-    x = np.asarray([1, 2, 3, 4], np.float32)[:, None] + np.arange(3, dtype=np.float32)[:, None, None]
-    layer = torch.nn.BatchNorm1d(1, momentum=None)
-    batch_stats = jbn.init(1, count=True)[1]
-    for batch in x:
-        layer(torch.from_numpy(batch))
-        batch_stats = jbn.update(batch_stats, jbn.moments(batch), momentum=None, unbiased=True)
-    assert_close(batch_stats["mean"], layer.running_mean.numpy(), TOLERANCE)
-    assert_close(batch_stats["mean"], np.array([3.5]), TOLERANCE)
-    assert_close(layer.running_var.numpy(), np.array([1.6667], np.float32), 1e-4)
-    assert_close(batch_stats["var"], x.reshape(-1, 1).var(0, ddof=1), TOLERANCE)
+RNG = np.random.default_rng(1)
 
 
 @every_door
 @pytest.mark.parametrize(("momentum", "expected"), [(0.0, PARTS[-1].mean(0)), (1.0, np.zeros(3))])
 def test_momentum_0_and_1(door, momentum, expected):
     assert_close(trained(door, PARTS, momentum=momentum)["mean"], expected, TOLERANCE)
-
-
-@every_door
-@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
-def test_debiased_evaluation_after_one_update_is_by_that_batch(door, momentum):
-    settings = {"momentum": momentum, "debias": True}
-    new = trained(door, PARTS[:1], **settings)
-    y, same = door(PARAMS, new, ROWS, True, **settings)
-    expected = (ROWS - PARTS[0].mean(0)) / np.sqrt(PARTS[0].var(0) + 1e-5)
-    assert_close(y, expected, TOLERANCE / (1 - momentum) ** 0.5)  # var was rounded next to momentum * 1
-    assert_trees_close(same, new, 0.0)
-
-
-@every_door
-@pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
-def test_debiased_evaluation_before_any_update_is_the_identity(door, momentum):
-    y, _ = door(PARAMS, BATCH_STATS, ROWS, True, momentum=momentum, debias=True, epsilon=0.0)
-    np.testing.assert_array_equal(y, ROWS)
-
-
-def test_debiased_statistics_are_the_weighted_average_of_the_batches():
-    new = trained(functools.partial(jbn.batch_norm, use_running_average=False), PARTS, momentum=0.9)
-    weights = 0.9 ** np.arange(len(PARTS))[::-1]
-    mean = np.average([x.mean(0) for x in PARTS], axis=0, weights=weights)
-    var = np.average([x.var(0) for x in PARTS], axis=0, weights=weights)
-    y, _ = jbn.batch_norm(None, new, ROWS, use_running_average=True, momentum=0.9, debias=True)
-    assert_close(y, (ROWS - mean) / np.sqrt(var + 1e-5), TOLERANCE)
-
-
-def test_haiku_debiases_alike():
-    hk = pytest.importorskip("haiku")
-    with loosely():
-        net = hk.transform_with_state(lambda *args: hk.BatchNorm(True, True, 0.9, eps=1e-5)(*args))  # noqa: PLW0108 - a module is made inside
-        params, state = net.init(jax.random.key(0), PARTS[0], True)
-        new = BATCH_STATS
-        for x in PARTS:
-            _, state = net.apply(params, state, None, x, True)
-            _, new = jbn.batch_norm(PARAMS, new, x, use_running_average=False, momentum=0.9)
-            theirs, _ = net.apply(params, state, None, ROWS, False)
-            ours, _ = jbn.batch_norm(PARAMS, new, ROWS, use_running_average=True, momentum=0.9, debias=True)
-            assert_close(ours, theirs, 10 * TOLERANCE)  # both have rounded a variance next to the other part
 
 
 @every_door
@@ -259,15 +127,6 @@ def test_a_layer_keeps_rows_in_float32():
     stats = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.ndim else leaf, BATCH_STATS)
     _, new = linen(PARAMS, stats, PARTS[0], momentum=None)
     assert new["rows"].dtype == np.float32
-
-
-def test_learned_statistics_without_a_count_are_not_debiased():
-    stats = {name: BATCH_STATS[name] for name in ("mean", "var")}
-    for settings in ({"debias": True}, {"momentum": None}):
-        with pytest.raises(ValueError, match=r"Expected (count|rows) for"):
-            linen(PARAMS, stats, PARTS[0], **settings)
-        with pytest.raises(ValueError, match="counted their updates from the first one"):
-            jbn.nnx.replace_batch_norm(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), **settings)
 
 
 def test_statistics_that_float16_cannot_hold_are_skipped():

@@ -9,7 +9,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 import jbn.tools
-from tests.test_recalibrate import X, linen
+from tests.recalibrating import X, linen
 
 LAYER = jbn.linen.BatchNorm(use_running_average=False)
 STATS = {"batch_stats": {"bn": jbn.init(3)[1]}}
