@@ -1,6 +1,7 @@
 """Moments of a batch, as users see them: measured, and merged as if all rows had come in one batch."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ class Moments:
 _compiled_measure = jax.jit(measure, static_argnums=2, inline=True)
 
 
+@functools.partial(jax.jit, static_argnums=1)  # of layers that are alike, one is traced
 def to_moments(measured: Measured, axes: tuple[int, ...]) -> Moments:
     """The public form: one value per channel, and the mean in one piece."""
     total, _, shift, rest, var = (lax.squeeze(part, axes) for part in measured)
@@ -90,7 +92,8 @@ def moments(
     size = axis_size("moments", axis_name, groups)
     weights = None if mask is None else check_mask("moments", mask, x, axes)
     run = _compiled_measure if axis_name is None else measure
-    return to_moments(run(x, weights, Reduction(axes, axis_name, groups, size)), axes)
+    found: Moments = to_moments(run(x, weights, Reduction(axes, axis_name, groups, size)), axes)
+    return found
 
 
 def merge(*moments: Moments) -> Moments:
@@ -135,4 +138,5 @@ def merge(*moments: Moments) -> Moments:
 def merge_stacked(moments: Moments) -> Moments:
     """`merge` of moments along a first axis, which may be sharded."""
     count, mean, var = moments.count, moments.mean, moments.var
-    return to_moments(merge_measured(Measured(count, count, mean, jnp.zeros_like(mean), var)), ())
+    merged: Moments = to_moments(merge_measured(Measured(count, count, mean, jnp.zeros_like(mean), var)), ())
+    return merged

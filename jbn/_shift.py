@@ -96,9 +96,10 @@ def _mean_or_first(rows: Array, axes: tuple[int, ...]) -> Array:
     The first row is had as a sum too, so that of sharded rows both travel in one collective.
     """
     count = math.prod(rows.shape[axis] for axis in axes)
-    is_first = np.arange(count).reshape([size if a in axes else 1 for a, size in enumerate(rows.shape)]) == 0
+    only_first = np.zeros([size if a in axes else 1 for a, size in enumerate(rows.shape)], rows.dtype)
+    only_first.flat[0] = 1
     mean = jnp.mean(rows, axes, keepdims=True)
-    first = jnp.sum(jnp.where(is_first, rows, jnp.zeros_like(rows)), axes, keepdims=True)
+    first = jnp.sum(only_first * rows, axes, keepdims=True)
     rounding = count * jnp.finfo(rows.dtype).eps
     return jnp.where(jnp.abs(mean - first) <= rounding * jnp.abs(first), first, mean)
 
