@@ -149,15 +149,7 @@ def check_dtype(call: str, dtype: Dtype | None, inputs: Sequence[Any]) -> np.dty
 
 def check_momentum(call: str, momentum: Any) -> None:
     """The share of the old statistics, static or a scalar array; None is cumulative."""
-    if momentum is None:
-        return
-    if isinstance(momentum, jax.core.Tracer):
-        good = momentum.shape == () and jnp.issubdtype(momentum.dtype, jnp.floating)
-    else:
-        given = np.asarray(momentum)
-        real = any(jnp.issubdtype(given.dtype, kind) for kind in (np.integer, np.floating))
-        good = given.shape == () and real and bool(0.0 <= given <= 1.0)
-    if not good:
+    if momentum is not None and not is_share(momentum):
         raise error(
             call,
             "momentum",
@@ -165,6 +157,20 @@ def check_momentum(call: str, momentum: Any) -> None:
             "a number from 0 to 1, a scalar array, or None (cumulative)",
             "It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
         )
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number of Python or NumPy, which bool is not here."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def is_share(value: Any) -> bool:
+    """Whether it is a number from 0 to 1, or a scalar array; of a traced one only the type is known."""
+    if isinstance(value, jax.core.Tracer):
+        return value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)
+    given = np.asarray(value)
+    real = any(jnp.issubdtype(given.dtype, kind) for kind in (np.integer, np.floating))
+    return given.shape == () and real and bool(0.0 <= given <= 1.0)
 
 
 def check_flag(call: str, flag: Any) -> bool | Array:

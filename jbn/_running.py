@@ -74,12 +74,12 @@ def remember(
     batch_stats: BatchStats,
     moments: Moments,
     momentum: float | Array | None,
-    seen: Bool[Array, "*C"],
+    seen: Bool[Array, "*C"] | None,
     *,
     unbiased: bool,
     skip_nonfinite: bool,
 ) -> BatchStats:
-    """`update` for the channels where `seen`; the others keep their statistics."""
+    """`update` for the channels where `seen`; the others keep their statistics. None is all channels."""
     # Both shares are rounded once: 1 - momentum taken in float32 would be off by 6e-6 of itself at 0.99.
     shares = None if momentum is None else (momentum, 1 - momentum)
     new_stats: BatchStats = _remember(batch_stats, moments, shares, seen, unbiased, skip_nonfinite)
@@ -91,29 +91,30 @@ def _remember(
     batch_stats: BatchStats,
     moments: Moments,
     shares: tuple[Array, Array] | None,
-    seen: Bool[Array, "*C"],
+    seen: Bool[Array, "*C"] | None,
     unbiased: bool,
     skip_nonfinite: bool,
 ) -> BatchStats:
     if skip_nonfinite:  # as they are kept: what is finite here, float16 may not hold
         for name, value in (("mean", moments.mean), ("var", _stored(moments, unbiased))):
-            seen &= jnp.all(jnp.isfinite(value.astype(batch_stats[name].dtype)))
+            finite = jnp.all(jnp.isfinite(value.astype(batch_stats[name].dtype)))
+            seen = jnp.broadcast_to(finite, value.shape) if seen is None else seen & finite
     moments, seen = jax.tree.map(lambda part: sharded_like(part, batch_stats["mean"]), (moments, seen))
     if shares is None:
         mean, var = _cumulative(batch_stats, moments, unbiased)
     else:
         mean = moving_average(batch_stats["mean"], moments.mean, shares)
         var = moving_average(batch_stats["var"], _stored(moments, unbiased), shares)
-    new = {
-        name: jnp.where(seen, value, batch_stats[name].astype(value.dtype))
-        for name, value in (("mean", mean), ("var", var))
-    }
+    new = {"mean": mean, "var": var}
+    rows, updates = moments.count, jnp.ones((), bool)
+    if seen is not None:
+        new = {name: jnp.where(seen, v, batch_stats[name].astype(v.dtype)) for name, v in new.items()}
+        rows, updates = jnp.where(seen, rows, jnp.zeros_like(rows)), jnp.any(seen)
     if "rows" in batch_stats:
-        rows = jnp.where(seen, moments.count, jnp.zeros_like(moments.count))
         kind = wide(batch_stats["rows"].dtype, rows.dtype)
         new["rows"] = batch_stats["rows"].astype(kind) + rows.astype(kind)
     if "count" in batch_stats:
-        new["count"] = batch_stats["count"] + jnp.any(seen).astype(batch_stats["count"].dtype)
+        new["count"] = batch_stats["count"] + updates.astype(batch_stats["count"].dtype)
     result: BatchStats = jax.tree_util.tree_map_with_path(
         lambda path, old: _like(old, new[path[-1].key]), batch_stats
     )

@@ -74,15 +74,14 @@ def _line_by_pairs(constant: Array, slope: Array, offset: Array, pairs: tuple[in
 def _pairs(x: X, axes: tuple[int, ...]) -> tuple[int, int] | None:
     """The axis along which successive pairs are added, and how many: the most that divide its size.
 
-    The last axis that can be cut: not sharded over an explicit mesh axis, nor of symbolic size. The first is
-    the batch, which jit may have sharded. None where there is none, or nothing to convert.
+    The last axis that can be cut, as the first is the batch, which jit may have sharded. None where there is
+    none or nothing to convert, and over explicit mesh axes, where XLA would gather x to take it apart.
     """
-    if x.dtype.itemsize >= 4:
+    if x.dtype.itemsize >= 4 or any(part is not None for part in spec(x)):
         return None
     for axis in reversed(axes):
         size = x.shape[axis]
-        if isinstance(size, int) and spec(x)[axis] is None:
-            for pairs in range(_MOST, _LEAST - 1, -1):
-                if size and size % pairs == 0:
-                    return axis, pairs
+        for pairs in range(_MOST, _LEAST - 1, -1):
+            if isinstance(size, int) and size and size % pairs == 0:
+                return axis, pairs
     return None

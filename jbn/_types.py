@@ -1,7 +1,4 @@
-"""Array aliases, axis types and the one dtype policy of the package.
-
-Everything here is a name for something; nothing computes.
-"""
+"""Array aliases, axis types, the one dtype policy of the package, and what shows of shardings."""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence

@@ -69,7 +69,8 @@ def test_a_batch_with_statistics_that_are_not_finite_is_skipped(door, bad, momen
     _, new = door(PARAMS, old, x, momentum=momentum, skip_nonfinite=True)
     assert_trees_close(new, old, 0.0)
     _, new = door(PARAMS, old, PARTS[2], momentum=momentum, skip_nonfinite=True)
-    assert_trees_close(new, door(PARAMS, old, PARTS[2], momentum=momentum)[1], 0.0)
+    # Another program, in which a multiply-add may be fused and round once instead of twice.
+    assert_trees_close(new, door(PARAMS, old, PARTS[2], momentum=momentum)[1], TOLERANCE)
 
 
 @pytest.mark.parametrize("devices", [4, 16])

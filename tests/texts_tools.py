@@ -226,8 +226,13 @@ TEXTS = {
             f"jbn.tools.ema: decay is {decay!r}. Expected a number from 0 to 1, or a scalar array. It weighs "
             "the old average: 0.999 is usual.",
         )
-        for decay in (None, "s", 1.5, -0.1, float("nan"))
+        for decay in (None, "s", 1.5, -0.1, float("nan"), True)
     },
+    "a decay beyond 1 in an array": (
+        lambda: jbn.tools.ema({"a": zeros(2)}, {"a": zeros(2)}, jnp.float32(1.5)),
+        "jbn.tools.ema: decay is float32[]. Expected a number from 0 to 1, or a scalar array. It weighs the "
+        "old average: 0.999 is usual.",
+    ),
     "a decay for each channel": (
         lambda: jbn.tools.ema({"a": zeros(2)}, {"a": zeros(2)}, jnp.ones(2)),
         "jbn.tools.ema: decay is float32[2]. Expected a number from 0 to 1, or a scalar array. It weighs the "

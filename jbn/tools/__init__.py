@@ -4,6 +4,7 @@ from jbn.tools._accumulate import apply_moments as apply_moments
 from jbn.tools._average import ema as ema
 from jbn.tools._average import merge_replicas as merge_replicas
 from jbn.tools._debias import debias as debias
+from jbn.tools._drift import LayerReport as LayerReport
 from jbn.tools._equinox import from_equinox as from_equinox
 from jbn.tools._equinox import to_equinox as to_equinox
 from jbn.tools._fold import fold as fold
@@ -19,6 +20,7 @@ from jbn.tools._recalibrate import recalibrate as recalibrate
 from jbn.tools._report import report as report
 from jbn.tools._settings import settings_from as settings_from
 from jbn.tools._settings import settings_to as settings_to
+from jbn.tools._table import Report as Report
 from jbn.tools._torch import from_torch as from_torch
 from jbn.tools._torch import to_torch as to_torch
 from jbn.tools._torch_model import from_torch_state_dict as from_torch_state_dict

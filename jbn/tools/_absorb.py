@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jbn._errors import naming
 from jbn._measure import inverse_deviation
 from jbn._types import Axes, Dtype, wide
-from jbn.tools._debias import unbiased_start
+from jbn.tools._debias import debiased_start
 from jbn.tools._fold import check_fold, folded, stored, times
 from jbn.tools._trees import Layer, Path, Variables, batch_norms, collections, shown, with_values
 
@@ -47,7 +47,7 @@ def folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
         with naming(f"jbn.{FOLD_VARIABLES} {pair.name!r}"):
             norm = norms[pair.norm]
             if pair.momentum is not None:
-                norm = norm._replace(batch_stats=unbiased_start(norm.batch_stats, pair.momentum))
+                norm = norm._replace(batch_stats=debiased_start(norm.batch_stats, pair.momentum))
             params[pair.layer], norm = _absorbed(layers[pair.layer], norm, pair.epsilon, pair.axis)
         params[pair.norm], stats[pair.norm] = norm
     new: Model = with_values(FOLD_VARIABLES, variables, params=params, batch_stats=stats)

@@ -14,6 +14,7 @@ from flax.core import meta
 from jax import lax
 from jaxtyping import Array
 
+from jbn._checks import is_number
 from jbn._errors import error
 from jbn._types import BatchStats, Params, describe, wide
 from jbn.tools._libraries import Library, brief, check_names, check_together
@@ -106,7 +107,7 @@ def label_of(theirs: str) -> str:
 
 def weight_of_updates(call: str, argument: str, momentum: Any, count: Array, value: Array) -> Array:
     """1 - momentum**count, of the dtype in which the value is scaled: what an average from 0 adds up to."""
-    if not isinstance(momentum, (int, float, np.number)) or not 0 <= momentum < 1:
+    if not is_number(momentum) or not 0 <= momentum < 1:
         fix = "Pass that of the layer."
         raise error(call, argument, describe(momentum), "a number from 0 up and below 1", fix)
     return 1 - lax.pow(jnp.asarray(momentum, wide(value.dtype)), count)

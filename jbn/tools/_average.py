@@ -11,11 +11,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import DictKey
 from jaxtyping import Array
 
+from jbn._checks import is_share
 from jbn._errors import error
 from jbn._moments import Moments, merge_stacked
 from jbn._running import moving_average
 from jbn._types import describe, wide, working
-from jbn.tools._trees import Path, Variables, at, collections, dotted, rebuilt, some, with_statistics
+from jbn.tools._trees import Path, Variables, at, collections, path_name, rebuilt, some, with_statistics
 
 Model = TypeVar("Model", bound=Variables)
 Stats = TypeVar("Stats", bound=Mapping[str, Any] | nnx.Module)
@@ -78,7 +79,7 @@ def _merged(call: str, stats: Any, axis: int) -> Any:
         expected = "a mean and a var in one place"
         raise error(call, "batch_stats", "without a batch norm", expected, _REPLICAS)
     known = {(*path, name) for path in layers for name in ("mean", "var", "count", "rows")}
-    if other := [dotted(path) for path in flat if path not in known]:
+    if other := [path_name(path) for path in flat if path not in known]:
         expected = "mean, var, count and rows of batch norms alone"
         fix = "Leave the others out: jbn cannot know how they are merged."
         raise error(call, "batch_stats", f"one with {some(other)}", expected, fix)
@@ -171,11 +172,7 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
 
 
 def _check_decay(decay: Any) -> None:
-    if isinstance(decay, jax.Array):
-        good = decay.shape == () and jnp.issubdtype(decay.dtype, jnp.floating)
-    else:
-        good = isinstance(decay, (int, float, np.integer, np.floating)) and bool(0.0 <= decay <= 1.0)
-    if not good:
+    if not is_share(decay):
         raise error(
             "tools.ema",
             "decay",

@@ -13,7 +13,7 @@ from jbn._options import check_constant
 from jbn._running import debiased, without_end
 from jbn._types import BatchStats
 from jbn.nnx import BatchNorm
-from jbn.tools._trees import Path, Variables, batch_norms, by_name, dotted, some, with_values
+from jbn.tools._trees import Path, Variables, batch_norms, by_name, path_name, some, with_values
 
 Model = TypeVar("Model", bound=Variables)
 
@@ -56,7 +56,7 @@ def debias(
     Reference: Kingma and Ba 2014, arXiv 1412.6980, section 3.
     """
     layers = {path: layer.batch_stats for path, layer in batch_norms(_CALL, variables).items()}
-    counted = {dotted(path): path for path, stats in layers.items() if "count" in stats}
+    counted = {path_name(path): path for path, stats in layers.items() if "count" in stats}
     momenta: dict[str, Any]
     if isinstance(momentum, Mapping):
         momenta = by_name(momentum)
@@ -72,7 +72,7 @@ def debias(
         raise error(_CALL, "momentum", got, expected, "Layers with debias=True keep a count.")
     for value in momenta.values():
         _check(value)
-    stats = {counted[path]: unbiased_start(layers[counted[path]], value) for path, value in momenta.items()}
+    stats = {counted[path]: debiased_start(layers[counted[path]], value) for path, value in momenta.items()}
     new: Model = with_values(_CALL, variables, batch_stats=stats)
     return new
 
@@ -82,7 +82,9 @@ def _own(model: nnx.Module) -> dict[str, Any]:
     modules: Any = nnx.iter_modules(model)
     layers = [(path, layer) for path, layer in modules if isinstance(layer, BatchNorm)]
     return {
-        dotted(path): layer.momentum for path, layer in layers if layer.debias and layer.momentum is not None
+        path_name(path): layer.momentum
+        for path, layer in layers
+        if layer.debias and layer.momentum is not None
     }
 
 
@@ -94,7 +96,7 @@ def _check(momentum: Any) -> None:
     check_constant(_CALL, momentum)
 
 
-def unbiased_start(batch_stats: BatchStats, momentum: float | None) -> dict[str, Array]:
+def debiased_start(batch_stats: BatchStats, momentum: float | None) -> dict[str, Array]:
     """`debias` of one batch norm that has a count."""
     count = jnp.asarray(batch_stats["count"])
     new = debiased(batch_stats, momentum)

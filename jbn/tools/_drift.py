@@ -17,6 +17,9 @@ from jbn._moments import Moments
 from jbn._types import describe
 from jbn.tools._trees import Layer
 
+FAR = 0.5
+"""Standard deviations of y: a drift above it is told."""
+
 # Sixteen roundings of float32: what is left of a constant, or of a scale beside the layer's largest.
 _NEGLIGIBLE = 1e-6
 
@@ -63,6 +66,11 @@ class LayerReport:
     mean_drift_median: float | None
     var_drift_max: float | None
     var_drift_median: float | None
+
+    @property
+    def is_far(self) -> bool:
+        """Whether its evaluation is off, or cannot be known: a drift above half a deviation, NaN or inf."""
+        return bool(self.nonfinite) or (self.drift is not None and not self.drift <= FAR)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

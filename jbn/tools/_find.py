@@ -19,7 +19,7 @@ import jbn.linen
 import jbn.nnx
 from jbn._errors import error
 from jbn._types import describe
-from jbn.tools._trees import Layer, Path, Variables, dotted, shown
+from jbn.tools._trees import Layer, Path, Variables, path_name, shown
 
 _LAYERS: tuple[Any, ...] = (
     *(nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose),
@@ -211,8 +211,8 @@ def named_pairs(
 
 
 def _known(name: str, given: Any, paths: Iterable[Path], kind: str) -> Path:
-    written = given if isinstance(given, str) else dotted(tuple(given))
-    known = {dotted(path): path for path in paths}
+    written = given if isinstance(given, str) else path_name(tuple(given))
+    known = {path_name(path): path for path in paths}
     if written not in known:
         raise error(
             name,

@@ -10,7 +10,7 @@ import numpy as np
 from jbn._errors import error
 from jbn.tools._drift import Channels, LayerReport
 from jbn.tools._report import MomentsOf, report
-from jbn.tools._table import FAR, Report
+from jbn.tools._table import Report
 from jbn.tools._trees import Variables
 
 if TYPE_CHECKING:
@@ -151,10 +151,6 @@ def _fine(found: Report, known: bool) -> str:
     )
 
 
-def _is_far(row: LayerReport) -> bool:
-    return bool(row.nonfinite) or (row.drift is not None and not row.drift <= FAR)
-
-
 def _draw(axes: "Axes", panel: _Panel, found: Report) -> None:
     """One panel: a line of strokes for each layer."""
     largest = panel.band * 1.5
@@ -163,7 +159,7 @@ def _draw(axes: "Axes", panel: _Panel, found: Report) -> None:
         values = np.array([]) if values is None else values[np.isfinite(values)]
         values = values[values > 0] if panel.scale == "log" else values
         if values.size:
-            _draw_layer(axes, place, values, _FAR if _is_far(row) else _GOOD)
+            _draw_layer(axes, place, values, _FAR if row.is_far else _GOOD)
             largest = max(largest, 1.05 * float(np.abs(values).max()))
     if panel.band:
         axes.axvspan(-panel.band, panel.band, color=_BAND, zorder=0)
@@ -228,5 +224,5 @@ def _remark(axes: "Axes", rows: Sequence[LayerReport]) -> None:
             va="center",
             fontsize=9,
             color=_DARK,
-            fontweight="bold" if _is_far(row) else "normal",
+            fontweight="bold" if row.is_far else "normal",
         )

@@ -14,6 +14,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
+from jbn._checks import is_number
 from jbn._errors import error
 from jbn._moments import Moments, merge
 from jbn._running import without_end
@@ -25,7 +26,7 @@ from jbn.tools._trees import (
     Variables,
     batch_moments,
     batch_norms,
-    dotted,
+    path_name,
     some,
     with_values,
 )
@@ -117,7 +118,7 @@ def recalibrate(
     if not pooled:
         raise error(call, "batches", "empty", "one batch or more", "A generator gives its batches only once.")
     moments = _merged(pooled)
-    if unknown := [dotted(path) for path in moments if path not in layers]:
+    if unknown := [path_name(path) for path in moments if path not in layers]:
         raise error(
             call,
             "variables",
@@ -149,15 +150,14 @@ def _check(apply_fn: Any, layers: Any, batches: Any, max_batches: Any, tolerance
     whole = isinstance(max_batches, (int, np.integer)) and max_batches >= 1
     if not (max_batches is None or whole):
         raise refused("max_batches", repr(max_batches), "an integer from 1 up", every)
-    number = isinstance(tolerance, (int, float, np.integer, np.floating)) and tolerance >= 0
-    if not (tolerance is None or number):
+    if not (tolerance is None or (is_number(tolerance) and tolerance >= 0)):
         raise refused("tolerance", repr(tolerance), "a number from 0 up", every)
 
 
 def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
     """Of layers whose statistics are not what the caller wants."""
     ran = [path for path in layers if path in moments and np.any(moments[path].count)]
-    never = [dotted(path) for path in layers if path not in ran]
+    never = [path_name(path) for path in layers if path not in ran]
     if never:
         warnings.warn(
             f"jbn.tools.recalibrate: {some(never, len(never))} never ran in training mode, and keep their "
@@ -166,7 +166,7 @@ def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
             stacklevel=3,
         )
     broken = [
-        dotted(path)
+        path_name(path)
         for path in ran
         if not (np.isfinite(moments[path].mean).all() and np.isfinite(moments[path].var).all())
     ]

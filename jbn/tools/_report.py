@@ -13,7 +13,7 @@ from jbn._moments import Moments
 from jbn.nnx import BatchMoments
 from jbn.tools._drift import LayerReport, measured
 from jbn.tools._table import Report
-from jbn.tools._trees import Layer, Path, Variables, batch_moments, batch_norms, dotted, moments_of
+from jbn.tools._trees import Layer, Path, Variables, batch_moments, batch_norms, moments_of, path_name
 
 MomentsOf: TypeAlias = Mapping[str, Moments] | Mapping[Path, Moments] | Variables
 
@@ -84,8 +84,8 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
     layers = batch_norms(_CALL, variables)
     batches = _batches(variables, moments, layers)
     found = [
-        measured(_CALL, dotted(path), layers[path], batches.get(path), epsilon)
-        for path in sorted(layers, key=lambda path: _by_number(dotted(path)))
+        measured(_CALL, path_name(path), layers[path], batches.get(path), epsilon)
+        for path in sorted(layers, key=lambda path: _by_number(path_name(path)))
     ]
     if any(row.drift is not None for row, _ in found):
         found.sort(key=lambda pair: _worst_first(pair[0]))

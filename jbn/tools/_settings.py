@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jbn._checks import is_number
 from jbn._errors import error
 from jbn._types import describe
 from jbn.tools._libraries import LIBRARIES, Library, check_names, check_together
@@ -117,21 +118,17 @@ def _momentum(call: str, library: str, value: Any) -> float | None:
     """Theirs from ours or ours from theirs: the same but for PyTorch, whose weighs the new batch."""
     if library == "torch" and value is None:
         return None
-    if not _is_number(value) or not 0 <= value <= 1:
+    if not is_number(value) or not 0 <= value <= 1:
         fix = "Schedules have no counterpart, and None, the cumulative average, is for torch only."
         raise error(call, "momentum", describe(value), "a number from 0 to 1", fix)
     # As decimals: binary floats would make 0.09999999999999998 of 0.9.
     return float(1 - Decimal(str(value)) if library == "torch" else value)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-
-
 def _check_value(call: str, name: str, key: str, value: Any) -> None:
     """A setting that is ours by that key, and given by that name, is of the right kind."""
     fix = "Pass that of the layer."
-    if key == "epsilon" and not (_is_number(value) and 0 <= value < np.inf):
+    if key == "epsilon" and not (is_number(value) and 0 <= value < np.inf):
         raise error(call, name, describe(value), "a number from 0 up", "The usual one is 1e-5.")
     if key in ("use_scale", "use_bias") and not isinstance(value, (bool, np.bool_)):
         raise error(call, name, describe(value), "True or False", fix)

@@ -16,11 +16,8 @@ from rich.text import Text
 
 from jbn._errors import error
 from jbn._running import MANY
-from jbn.tools._drift import Channels, LayerReport
+from jbn.tools._drift import FAR, Channels, LayerReport
 from jbn.tools._trees import some
-
-FAR = 0.5
-"""Standard deviations of y: a drift above it is told."""
 
 _WIDTH = 100
 _FINITE = "Go back to statistics that are finite."
@@ -169,8 +166,7 @@ def _rich_table(rows: Sequence[LayerReport], columns: Mapping[str, list[str]]) -
     for head in filled:
         table.add_column(head, justify="right", no_wrap=True)
     for row, *cells in zip(rows, *filled.values(), strict=True):
-        bad = row.nonfinite or (row.drift is not None and row.drift > FAR)
-        style = "red" if bad else "yellow" if row.dead or row.never_updated else None
+        style = "red" if row.is_far else "yellow" if row.dead or row.never_updated else None
         table.add_row(Text(row.path or "."), *cells, style=style)
     return table
 

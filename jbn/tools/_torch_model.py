@@ -15,7 +15,7 @@ from jbn._types import describe
 from jbn.tools._arrays import to_jax, to_numpy
 from jbn.tools._libraries import brief
 from jbn.tools._torch import from_torch, to_torch
-from jbn.tools._trees import Path, Variables, collections, dotted
+from jbn.tools._trees import Path, Variables, collections, path_name
 
 ModuleMapping: TypeAlias = Mapping[str, str | Path]
 """PyTorch module ("layer1.0.bn1") to Flax module ("BasicBlock_0/BatchNorm_0", or a tuple)."""
@@ -97,7 +97,7 @@ def from_torch_state_dict(state_dict: Mapping[str, Any], mapping: ModuleMapping)
     if inside:
         expected = "paths of modules, and none inside of an array"
         fix = "Each module has a path of its own."
-        raise error(call, "mapping", f"one with {', '.join(map(dotted, inside))}", expected, fix)
+        raise error(call, "mapping", f"one with {', '.join(map(path_name, inside))}", expected, fix)
     return {collection: unflatten_dict(leaves) for collection, leaves in flat.items() if leaves}
 
 
@@ -138,8 +138,10 @@ def torch_state_dict(variables: Variables, mapping: ModuleMapping) -> dict[str, 
                 module = modules.setdefault(path, {"params": {}, "batch_stats": {}})
                 module[collection][full[-1]] = value
             else:
-                left.append(dotted((collection, *full)))
-    _check_covered(call, "variables", left, [dotted(path) for path in paths.values() if path not in modules])
+                left.append(path_name((collection, *full)))
+    _check_covered(
+        call, "variables", left, [path_name(path) for path in paths.values() if path not in modules]
+    )
     state_dict: dict[str, np.ndarray] = {}
     for prefix, path in paths.items():
         with naming(f"jbn.{call} module {prefix!r}"):
@@ -192,7 +194,7 @@ def _paths(call: str, mapping: Any) -> dict[str, Path]:
             raise error(call, "mapping", f"one with {prefix!r}: {path!r}", expected, fix)
         parts: Path = tuple(filter(None, path.split("/")) if isinstance(path, str) else map(str, path))
         if parts in paths.values():
-            got, once = f"one with {dotted(parts)} twice", "each Flax module once"
+            got, once = f"one with {path_name(parts)} twice", "each Flax module once"
             fix = "A module that is shared, and listed twice by PyTorch, is one in Flax: take out the second."
             raise error(call, "mapping", got, once, fix)
         paths[prefix] = parts

@@ -147,7 +147,7 @@ def moments_of(call: str, given: Any, layers: Iterable[Path]) -> dict[Path, Mome
             "Run the model in training mode: linen with mutable=['batch_stats', 'batch_moments'], NNX after "
             "jbn.nnx.keep_batch_moments(model).",
         )
-    paths = {dotted(path): path for path in layers}
+    paths = {path_name(path): path for path in layers}
     if unknown := [name for name in named if name not in paths]:
         got, expected = f"one with {some(unknown)}", f"paths of batch norms: {some(sorted(paths))}"
         raise error(call, "moments", got, expected, "Take moments and variables from the same model.")
@@ -156,22 +156,22 @@ def moments_of(call: str, given: Any, layers: Iterable[Path]) -> dict[Path, Mome
 
 def by_name(given: Mapping[Any, Any]) -> dict[str, Any]:
     """What a user gives for paths, each as text or as a tuple, by the text."""
-    return {path if isinstance(path, str) else dotted(path): value for path, value in given.items()}
+    return {path if isinstance(path, str) else path_name(path): value for path, value in given.items()}
 
 
-def dotted(path: Path) -> str:
+def path_name(path: Path) -> str:
     """A path for people."""
     return "/".join(map(str, path))
 
 
 def at(call: str, path: Path) -> str:
     """The name of a call in errors about one layer."""
-    return f"{call} {dotted(path)!r}" if path else call
+    return f"{call} {path_name(path)!r}" if path else call
 
 
 def shown(path: Path) -> str:
     """A path for people, also that of the model itself."""
-    return some([dotted(path)])
+    return some([path_name(path)])
 
 
 def some(paths: Sequence[str], most: int = 4) -> str:
