@@ -34,7 +34,7 @@ class BatchNorm(nn.Module):
     var) and output dtypes: changing the import is the whole migration, and checkpoints load. In training the
     statistics are the batch's, over every axis but `axis` and over `axis_name`, and the running ones are
     updated (make `batch_stats` mutable); in evaluation they are the running ones.
-    Where Flax is wrong it differs:
+    Where Flax is wrong it differs, among others in these points (docs/pages/migrate/flax.md lists all):
 
     - Statistics are accurate: N(1e4, 1) has variance 1, where E[x^2] - E[x]^2 in float32 says 0 to 24.
     - Masked entries take no part at all, whatever they hold, and counts are over all devices. A mask may
@@ -56,7 +56,8 @@ class BatchNorm(nn.Module):
       axis_name: the mapped axis or axes (of `vmap`, `pmap`, `shard_map`) over which the batch is cut. Needed
         in training only, not in `init`. Under `jit`, sharded arrays need none.
       axis_index_groups: groups of devices of that axis that normalize together.
-      use_fast_variance: accepted, and changes nothing: the accurate way is as fast.
+      use_fast_variance: accepted, and changes nothing: training on a GPU, the accurate way moves less memory
+        than Flax's default.
       force_float32_reductions: accepted, and changes nothing: reductions are in float32 or wider.
       mean_init: initializer of the running mean.
       var_init: initializer of the running variance.

@@ -30,7 +30,7 @@ class BatchNorm(nnx.Module):
 
     The same constructor and call arguments, defaults, variables (`nnx.Param` scale and bias, `nnx.BatchStat`
     mean and var) and output dtypes: changing the import is the whole migration, and checkpoints load. What
-    differs from Flax is listed at `jbn.linen.BatchNorm`, and is the same here.
+    differs from Flax is listed in docs/pages/migrate/flax.md, and the main points at `jbn.linen.BatchNorm`.
 
     Args:
       num_features: the number of channels.
@@ -49,7 +49,8 @@ class BatchNorm(nnx.Module):
       axis_name: the mapped axis or axes (of `vmap`, `pmap`, `shard_map`) over which the batch is cut. Needed
         in training only. Under `jit`, sharded arrays need none.
       axis_index_groups: groups of devices of that axis that normalize together.
-      use_fast_variance: accepted, and changes nothing: the accurate way is as fast.
+      use_fast_variance: accepted, and changes nothing: training on a GPU, the accurate way moves less memory
+        than Flax's default.
       promote_dtype: decides the dtype of y from (x, mean, var, scale, bias) and `dtype`; nothing is cast.
       rngs: keys of the initializers.
       bias_metadata: of the Param bias.
