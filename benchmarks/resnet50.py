@@ -5,26 +5,43 @@ from benchmarks.tables import Table, missing
 
 TITLE = "ResNet-50, one training step at batch 128"
 ABOUT = """\
-The same network around every layer, compiled ahead of time. H100: gigabytes read and written outside of
-the convolutions; TPU v5e: XLA's own estimate, convolutions included, since XLA fuses them with their
-neighbours there, and without jbn's second pass where the running mean is far off, a branch. In
-parentheses: relative to Flax's default. `relu inside` is jbn with activation and residual in the layer."""
+The same network around every layer, compiled ahead of time: gigabytes, {how}. In parentheses: relative to
+Flax's default. `relu inside` is jbn with activation and residual in the layer."""
+HOW = {
+    "H100": "read and written outside of the convolutions",
+    "TPU v5e": "XLA's own estimate, convolutions included, since XLA fuses them with their neighbours there, "
+    "and without jbn's second pass where the running mean is far off, a branch",
+}
 DTYPES = ("bfloat16", "float32")
 BASE = "Flax"
+ON_TPU = ("jbn", "jbn, relu inside", BASE)  # each takes some minutes to compile
 
 
 def tables(quick=False):
-    from benchmarks import contestants, targets
-
     if quick:
         return [missing(TITLE, "each takes a minute to compile, left out by --quick")]
-    ready = [target for target in targets.NEEDS if targets.missing(target) is None]
-    if not ready:
-        return [missing(TITLE, "; ".join(map(targets.missing, targets.NEEDS)))]
+    return [of_target(target) for target in HOW]
+
+
+def of_target(target):
+    """A line for each layer; two columns for each dtype."""
+    from benchmarks import contestants, targets
+
+    title = f"{TITLE}, {target}"
+    if reason := targets.missing(target):
+        return missing(title, reason)
     names = [one.name for one in contestants.installed(inside=True)]
-    tasks = [(name, target, dtype) for target in ready for dtype in DTYPES for name in names]
+    names = [name for name in names if target == "H100" or name in ON_TPU]
+    tasks = [(name, target, dtype) for dtype in DTYPES for name in names]
     results = dict(zip(tasks, parallel(f"{__name__}:step", tasks, AHEAD), strict=True))
-    return [table(names, [(target, dtype) for target in ready for dtype in DTYPES], results)]
+    header, rows = ["layer"], [[name] for name in names]
+    for dtype in DTYPES:
+        header += [f"{dtype}, GB", "peak temporary, GB"]
+        base = results.get((BASE, target, dtype), {})
+        for row in rows:
+            row.extend(cells(results[row[0], target, dtype], base))
+    failed = sorted({result["failed"] for result in results.values() if "failed" in result})
+    return Table(title, " ".join([ABOUT.format(how=HOW[target]), *failed]), header, rows)
 
 
 def step(name, target, dtype):
@@ -38,19 +55,6 @@ def step(name, target, dtype):
     compiled = targets.compiled(made.step, arguments, target, donate_argnums=(0, 1))
     moved = targets.moved(compiled, target, library=False)
     return {"moved": moved / 1e9, "temporary": targets.temporary(compiled) / 1e9}
-
-
-def table(names, columns, results):
-    """A line for each layer; two columns for each target and dtype."""
-    header, rows = ["layer"], []
-    for target, dtype in columns:
-        header += [f"{target} {dtype}, GB", "peak temporary, GB"]
-    for name in names:
-        rows.append([name])
-        for column in columns:
-            rows[-1] += cells(results[name, *column], results.get((BASE, *column), {}))
-    failed = sorted({result["failed"] for result in results.values() if "failed" in result})
-    return Table(TITLE, " ".join([ABOUT, *failed]), header, rows)
 
 
 def cells(result, base):
