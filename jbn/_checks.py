@@ -147,59 +147,6 @@ def check_dtype(call: str, dtype: Dtype | None, inputs: Sequence[Any]) -> np.dty
     return found
 
 
-def check_momentum(call: str, momentum: Any) -> None:
-    """The share of the old statistics, static or a scalar array; None is cumulative."""
-    if momentum is not None and not is_share(momentum):
-        raise error(
-            call,
-            "momentum",
-            describe(momentum),
-            "a number from 0 to 1, a scalar array, or None (cumulative)",
-            "It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
-        )
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number of Python or NumPy, which bool is not here."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
-def is_share(value: Any) -> bool:
-    """Whether it is a number from 0 to 1, or a scalar array; of a traced one only the type is known."""
-    if isinstance(value, jax.core.Tracer):
-        return value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)
-    given = np.asarray(value)
-    real = any(jnp.issubdtype(given.dtype, kind) for kind in (np.integer, np.floating))
-    return given.shape == () and real and bool(0.0 <= given <= 1.0)
-
-
-def check_flag(call: str, flag: Any) -> bool | Array:
-    """use_running_average as a bool, or as a scalar array if it is traced."""
-    if isinstance(flag, (bool, np.bool_)):
-        return bool(flag)
-    if describe(flag) != "bool[]":
-        raise error(
-            call,
-            "use_running_average",
-            describe(flag),
-            "True (evaluation) or False (training)",
-            "Pass a bool, or a bool array of shape ().",
-        )
-    return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
-
-
-def check_static(call: str, argument: str, flag: Any) -> None:
-    """A choice of what is written, which cannot be made while the compiled program runs."""
-    if not isinstance(flag, (bool, np.bool_)):
-        raise error(
-            call,
-            argument,
-            describe(flag),
-            "True or False",
-            f"Under jit make it static, jax.jit(..., static_argnames={argument!r}), or close over it.",
-        )
-
-
 def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     """The mask with x's rank; one of fewer axes belongs to the leading ones of `axes`, the reduced ones."""
     given, mask = mask, as_numbers(mask)

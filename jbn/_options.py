@@ -10,17 +10,10 @@ import numpy as np
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
-from jbn._checks import (
-    as_numbers,
-    check_batch_stats,
-    check_epsilon,
-    check_momentum,
-    check_static,
-    check_values,
-    fits,
-)
+from jbn._checks import as_numbers, check_batch_stats, check_epsilon, check_values, fits
 from jbn._errors import error
 from jbn._renorm import Renorm, check_renorm
+from jbn._scalars import check_momentum, check_static
 from jbn._types import Axes, AxisIndexGroups, AxisName, BatchStats, X, across, describe, sharded_like
 
 

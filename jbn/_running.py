@@ -10,10 +10,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jbn._checks import check_batch_stats, check_momentum, check_static
+from jbn._checks import check_batch_stats
 from jbn._errors import error
 from jbn._moments import Moments, merge
 from jbn._options import check_counters
+from jbn._scalars import check_momentum, check_static
 from jbn._types import BatchStats, describe, sharded_like, wide, working
 
 MANY = 2**30

@@ -12,12 +12,13 @@ from flax.linen import initializers
 from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array
 
-from jbn._batch_norm import run
-from jbn._checks import check_flag, check_static, check_x, feature_shape
+from jbn._checks import check_x, feature_shape
 from jbn._errors import error, naming
 from jbn._moments import Moments, merge
 from jbn._options import Options, check_start, counters
 from jbn._renorm import Renorm
+from jbn._run import run
+from jbn._scalars import check_flag, check_static
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
 
 serialization.register_serialization_state(

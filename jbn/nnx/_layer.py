@@ -12,12 +12,12 @@ from flax.nnx.nn import dtypes
 from jax.nn.initializers import Initializer, ones, zeros
 from jaxtyping import Array
 
-from jbn._batch_norm import run
-from jbn._checks import check_flag, check_static
 from jbn._errors import error, naming
 from jbn._moments import merge
 from jbn._options import Options, check_start, counters
 from jbn._renorm import Renorm
+from jbn._run import run
+from jbn._scalars import check_flag, check_static
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
 from jbn.nnx._moments import BatchMoments
 from jbn.nnx._settings import setting
@@ -68,12 +68,10 @@ class BatchNorm(nnx.Module):
       activation: "relu" gives `relu(y + residual)`.
 
     The last six are explained at `jbn.batch_norm`. `momentum=None` and `debias` add the variables `count` and
-    `rows`: they need a checkpoint that has them, for a count of 0 says that the statistics are the initial
-    ones.
+    `rows`, which a checkpoint has to have: a count of 0 says that the statistics are the initial ones.
 
     After `jbn.nnx.keep_batch_moments(model)` training leaves the batch's `jbn.Moments` in the variable
-    `batch_moments`, merged with those that are there already: recalibration and gradient accumulation read
-    them.
+    `batch_moments`, merged with those that are there, for recalibration and gradient accumulation.
 
     Example:
       >>> import jax.numpy as jnp, jbn.nnx
@@ -119,11 +117,12 @@ class BatchNorm(nnx.Module):
     ) -> None:
         """Makes the variables; the arguments are those of the class."""
         shape = (num_features,)
-        scale = (
-            nnx.Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata) if use_scale else None
-        )
-        bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata) if use_bias else None
-        self.scale, self.bias = nnx.data(scale), nnx.data(bias)
+
+        def param(init: Initializer, metadata: Mapping[str, Any]) -> nnx.Param[Array]:
+            return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
+
+        self.scale = nnx.data(param(scale_init, scale_metadata) if use_scale else None)
+        self.bias = nnx.data(param(bias_init, bias_metadata) if use_bias else None)
 
         def initial(init: Initializer | None, default: Callable[..., Array]) -> nnx.BatchStat[Array]:
             if init is None:  # and draw no key, so that the layers behind get those that Flax gives them
@@ -187,10 +186,8 @@ class BatchNorm(nnx.Module):
         with naming(f"jbn.nnx.BatchNorm of {self.num_features} features"):
             check_static("BatchNorm", "update_batch_stats", update_batch_stats)
             flag = True if self.frozen else self._mode(use_running_average)
-            params: dict[str, Array] = {}
-            for name, param in (("scale", self.scale), ("bias", self.bias)):
-                if param is not None:
-                    params[name] = param[...]
+            given = (("scale", self.scale), ("bias", self.bias))
+            params = {name: param[...] for name, param in given if param is not None}
             y, batch_stats, moments = run(
                 jax.lax.stop_gradient(params) if self.frozen else params,
                 kept({name: variable[...] for name, variable in self._running().items()}, x),

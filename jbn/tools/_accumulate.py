@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jbn._checks import check_momentum
 from jbn._errors import naming
 from jbn._running import update
+from jbn._scalars import check_momentum
 from jbn._types import kept
 from jbn.tools._trees import (
     Variables,

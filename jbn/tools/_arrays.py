@@ -14,8 +14,8 @@ from flax.core import meta
 from jax import lax
 from jaxtyping import Array
 
-from jbn._checks import is_number
 from jbn._errors import error
+from jbn._scalars import is_number
 from jbn._types import BatchStats, Params, describe, wide
 from jbn.tools._libraries import Library, brief, check_names, check_together
 

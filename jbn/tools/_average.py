@@ -11,10 +11,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import DictKey
 from jaxtyping import Array
 
-from jbn._checks import is_share
 from jbn._errors import error
 from jbn._moments import Moments, merge_stacked
 from jbn._running import moving_average
+from jbn._scalars import is_share
 from jbn._types import describe, wide, working
 from jbn.tools._trees import Path, Variables, at, collections, path_name, rebuilt, some, with_statistics
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from jbn._checks import check_momentum
 from jbn._errors import error
 from jbn._options import check_constant
 from jbn._running import debiased, without_end
+from jbn._scalars import check_momentum
 from jbn._types import BatchStats
 from jbn.nnx import BatchNorm
 from jbn.tools._trees import Path, Variables, batch_norms, by_name, path_name, some, with_values

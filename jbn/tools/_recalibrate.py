@@ -14,10 +14,10 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from jbn._checks import is_number
 from jbn._errors import error
 from jbn._moments import Moments, merge
 from jbn._running import without_end
+from jbn._scalars import is_number
 from jbn._types import describe, kept, sharded_like
 from jbn.tools._measuring import linen_step, nnx_step
 from jbn.tools._trees import (

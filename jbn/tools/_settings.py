@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jbn._checks import is_number
 from jbn._errors import error
+from jbn._scalars import is_number
 from jbn._types import describe
 from jbn.tools._libraries import LIBRARIES, Library, check_names, check_together
 
