@@ -124,8 +124,8 @@ BREAKS = {
     ),
     "a batch without rows is remembered": Break(
         "jbn/_running.py",
-        "name: jnp.where(seen, value, batch_stats[name].astype(value.dtype))",
-        "name: value",
+        "name: jnp.where(seen, v, batch_stats[name].astype(v.dtype))",
+        "name: v",
         "tests/test_running.py",
     ),
     "a weak type is lost": Break(

@@ -49,8 +49,7 @@ class BatchNorm(nnx.Module):
       axis_name: the mapped axis or axes (of `vmap`, `pmap`, `shard_map`) over which the batch is cut. Needed
         in training only. Under `jit`, sharded arrays need none.
       axis_index_groups: groups of devices of that axis that normalize together.
-      use_fast_variance: accepted, and changes nothing: training on a GPU, the accurate way moves less memory
-        than Flax's default.
+      use_fast_variance: accepted, and changes nothing: the variance is always the accurate one.
       promote_dtype: decides the dtype of y from (x, mean, var, scale, bias) and `dtype`; nothing is cast.
       rngs: keys of the initializers.
       bias_metadata: of the Param bias.
