@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool
 
 from jbn._types import X, spec, wide
 
-# The rows whose mean is the shift: of so many examples at least, along another axis so many at most. One row
-# would do, but then (shift - mean)^2 is of the size of the variance, in the worst of many channels ten times
-# it, and as much larger is the error of E[(x - shift)^2] - (mean - shift)^2. The mean of 32 makes that 1.3.
+# The rows whose mean is the shift, and how many are taken along the first axis and each other to begin with.
+# One row would do, but then (shift - mean)^2 is of the size of the variance, in the worst of many channels
+# ten times it, and as much larger is the error of E[(x - shift)^2] - (mean - shift)^2. The mean of 32 makes
+# that 1.3.
 _SHIFT_ROWS, _EXAMPLES, _ROWS_PER_AXIS = 32, 8, 2
 
 
@@ -50,9 +51,9 @@ def near(x: X, weights: Array | None, axes: tuple[int, ...], total: Array) -> Ar
     """A constant near the data, per channel: the mean of some rows, or of all rows.
 
     n of N rows bound (shift - mean)^2 by N/n times the variance, so that however far out they lie, the
-    relative error of the variance stays below N/n times that of a sum. All rows, at the price of one more
-    pass, are taken where some cannot be: under a mask they may be padding, and a dimension that is sharded
-    over an explicit mesh axis, or whose size is symbolic, cannot be cut.
+    relative error of the variance stays below N/n times that of a sum. All rows, which have to be read once
+    or twice more, are taken where some cannot be: under a mask they may be padding, and a dimension that is
+    sharded over an explicit mesh axis, or whose size is symbolic, cannot be cut.
     """
     dtype = wide(x.dtype)
     if not all(x.shape[axis] for axis in axes):
@@ -72,20 +73,21 @@ def _can_be_cut(x: X, axes: tuple[int, ...]) -> bool:
 
 
 def _some_rows(x: X, axes: tuple[int, ...]) -> X:
-    """`_SHIFT_ROWS` rows or more if there are as many.
+    """`_SHIFT_ROWS` rows, or more where there are many axes, or as many as can be.
 
     Cut before any conversion of dtype, and spread over all of x: its first examples may be blank. Along each
     axis a power of two, so that to divide their sum rounds nothing, and every kernel that computes the
     shift again, with a fused multiply-add or without, finds the same.
     """
-    sizes, steps = list(x.shape), [1] * x.ndim
-    for axis in axes[1:]:
-        sizes[axis] = min(_power_of_two(x.shape[axis]), _ROWS_PER_AXIS)
-    per_example = math.prod(sizes[axis] for axis in axes[1:])
-    examples = max(_EXAMPLES, math.ceil(_SHIFT_ROWS / per_example))
-    sizes[axes[0]] = min(_power_of_two(x.shape[axes[0]]), examples)
-    for axis in axes:
-        steps[axis] = x.shape[axis] // sizes[axis]
+    taken = {axis: min(_power_of_two(x.shape[axis]), _ROWS_PER_AXIS) for axis in axes}
+    taken[axes[0]] = min(_power_of_two(x.shape[axes[0]]), _EXAMPLES)
+    while math.prod(taken.values()) < _SHIFT_ROWS:
+        room = [axis for axis in axes if 2 * taken[axis] <= x.shape[axis]]
+        if not room:
+            break
+        taken[room[0]] *= 2
+    sizes = [taken.get(axis, size) for axis, size in enumerate(x.shape)]
+    steps = [size // part for size, part in zip(x.shape, sizes, strict=True)]
     limits = [(size - 1) * step + 1 for size, step in zip(sizes, steps, strict=True)]
     return lax.slice(x, [0] * x.ndim, limits, steps)
 

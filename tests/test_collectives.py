@@ -68,6 +68,25 @@ def test_the_gradients_of_shared_parameters_cost_no_further_all_reduce():
     assert collectives(jax.jit(run).lower(PARAMS, X, COTANGENT).compile().as_text()) == ["all-reduce"] * 2
 
 
+@pytest.mark.parametrize("shape", [(64, 8, 8, 4), (4096, 4)])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_jit_of_a_sharded_batch_needs_one_more_for_the_shift(shape, dtype):
+    x = jax.device_put(jnp.zeros(shape, dtype), jax.NamedSharding(mesh(), P("data")))
+    run = functools.partial(core, axis_name=None)
+    assert collectives(jax.jit(run).lower(PARAMS, x).compile().as_text()) == ["all-reduce"] * 2
+    with_gradients = jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(run(params, x)[0])), (0, 1)))
+    assert collectives(with_gradients.lower(PARAMS, x).compile().as_text()) == ["all-reduce"] * 3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_explicit_axes_gather_nothing(dtype):
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(jnp.zeros((64, 8, 8, 4), dtype), jax.NamedSharding(explicit, P("data")))
+    run = functools.partial(core, axis_name=None)
+    with_gradients = jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(run(params, x)[0])), (0, 1)))
+    assert set(collectives(with_gradients.lower(PARAMS, x).compile().as_text())) == {"all-reduce"}
+
+
 def traffic(devices):
     """Operand types of every all-reduce with gradients, on so many devices; none of them is needed."""
     run = jax.shard_map(

@@ -1,0 +1,46 @@
+"""The rows whose mean is the shift: enough of them, spread over the batch, and exact where they are equal."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jbn._shift import _some_rows, near
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "rows"),
+    [
+        ((4096, 5), (0,), (32,)),
+        ((7, 3), (0,), (4,)),
+        ((256, 7, 7, 8), (0, 1, 2), (8, 2, 2)),
+        ((1, 64, 64, 3), (0, 1, 2), (1, 16, 2)),
+        ((8, 9, 3), (0, 1), (8, 4)),
+        ((3, 1000, 4), (0, 1), (2, 16)),
+        ((4, 3, 6, 5), (0, 2, 3), (4, 4, 2)),
+        ((3, 20), (1,), (16,)),
+    ],
+)
+def test_thirty_two_rows_or_as_many_as_can_be(shape, axes, rows):
+    found = _some_rows(jnp.zeros(shape), axes)
+    assert tuple(found.shape[axis] for axis in axes) == rows
+
+
+def test_they_are_spread_over_the_batch():
+    x = jnp.arange(64.0)[:, None]
+    np.testing.assert_array_equal(_some_rows(x, (0,))[:, 0], np.arange(0, 64, 2))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-3, 12345.678])
+def test_equal_rows_have_exactly_their_value(value, dtype):
+    """32 times 0.1, added one by one, is no multiple of it any more."""
+    x = jnp.full((96, 3), value, dtype)
+    shift = jax.jit(lambda x: near(x, None, (0,), jnp.ones((1, 1))))(x)
+    np.testing.assert_array_equal(shift, x[:1].astype(np.float32))
+
+
+def test_rows_that_are_nearly_equal_have_a_shift_near_them():
+    x = 1e4 + 1e-3 * np.arange(-32, 32, dtype=np.float32)[:, None]
+    shift = near(jnp.asarray(x, jnp.float32), None, (0,), jnp.ones((1, 1)))
+    assert x.min() <= float(shift[0, 0]) <= x.max()
