@@ -1,7 +1,7 @@
 """Trains a small net with batch norm on MNIST, to about 99.2 % test accuracy in a minute or two on a CPU.
 
     python examples/mnist.py                    a convolutional net
-    python examples/mnist.py --model mlp        the article's: 784 pixels, Adam 0.001, 1000 steps
+    python examples/mnist.py --model mlp        two hidden layers on 784 pixels, Adam 0.001, 1000 steps
     python examples/mnist.py --resume           goes on where a stopped run was
 
 Checkpoints, metrics.csv and curves.png go to the output folder. README.md here shows runs on many devices.

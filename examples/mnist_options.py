@@ -13,7 +13,7 @@ class Config:
     """Options. Those that are None depend on the model (`PRESETS`)."""
 
     model: Literal["cnn", "mlp"] = "cnn"
-    """cnn: three convolutions; mlp: the article's net."""
+    """cnn: three convolutions; mlp: two hidden layers."""
     epochs: int | None = None
     """How often to go through the data (cnn: 4)."""
     max_steps: int | None = None

@@ -36,7 +36,7 @@ class Cnn(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two hidden layers on the bare pixels (784 in MNIST), as in the article. Attributes as in `Cnn`."""
+    """Two hidden layers on the bare pixels (784 in MNIST). Attributes as in `Cnn`."""
 
     momentum: float = 0.9
     axis_name: str | None = None
