@@ -41,7 +41,7 @@ def test_standard_normal(shape):
 @pytest.mark.parametrize("location", [1e3, 1e4, -1e4])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_far_from_zero_at_the_first_step(shape, location):
-    """Where E[x^2] - E[x]^2 says 16 or 0. Better than the 1e-5 and 1e-4 of the design."""
+    """Where E[x^2] - E[x]^2 says 16 or 0: the bounds are those of data about 0."""
     var, y = errors(normal(shape, location), jbn.init(shape[-1])[1])
     assert var < 1e-6
     assert y < 2e-6
