@@ -1,6 +1,7 @@
 """The public doors: every name is documented in full, and a change of any of them shows in review.
 
-`python -m tests.test_api` writes api.txt anew, which holds the signatures and the variables of every layer.
+`JAX_NUM_CPU_DEVICES=8 python -m tests.test_api` writes api.txt anew. It holds the signature of every public
+function, constructor and method, the attributes of every class, and the variables of every layer.
 """
 
 import dataclasses
@@ -42,11 +43,23 @@ NAMES = {f"{door}.{name}": value for door, module in DOORS.items() for name, val
 every_name = pytest.mark.parametrize("value", NAMES.values(), ids=NAMES)
 
 
+def maker(cls):
+    """The class that defines how `cls` is made; ours, or one of another library."""
+    return next(base for base in cls.__mro__ if "__init__" in vars(base))
+
+
+def signature(value):
+    """Of a function, or of the `__init__` of a class: a metaclass would show (*args, **kwargs)."""
+    if not inspect.isclass(value):
+        return inspect.signature(value)
+    whole = inspect.signature(maker(value).__init__)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])  # without self
+
+
 def parameters(value):
-    if inspect.isclass(value) and "__init__" not in vars(value):  # that of another library
+    if inspect.isclass(value) and maker(value) is not value:
         return []
-    function = value.__init__ if value is jbn.nnx.BatchNorm else value
-    return [name for name in inspect.signature(function).parameters if name not in ("self", "parent", "name")]
+    return [name for name in signature(value).parameters if name not in ("parent", "name")]
 
 
 @every_name
@@ -71,27 +84,52 @@ def test_what_can_fail_says_so(value):
 
 
 def described():
-    """The signatures of the public names and the variables of every layer, as text."""
+    """The public names, with what a user may write after them, and the variables of every layer."""
     lines = []
     for name, value in sorted(NAMES.items()):
-        kind = "class" if inspect.isclass(value) else "def"
-        lines.append(f"{kind} {name}{signature(value)}")
+        lines += described_class(name, value) if inspect.isclass(value) else [f"def {name}{shown(value)}"]
     for title, tree in variables():
         lines += ["", title]
         lines += [f"  {path}: {leaf}" for path, leaf in tree]
     return "\n".join(lines) + "\n"
 
 
-def signature(value):
-    """One parameter a line; defaults by their name where their repr holds an address."""
-    found = []
-    for parameter in inspect.signature(value).parameters.values():
-        default = parameter.default
-        shown = re.sub(r"<function (\w+) at \w+>", r"\1", repr(default))
-        shown = re.sub(r"<(?:object|\S+Sentinel\S*|flax\S+) .*?at \w+>", "...", shown)
-        text = str(parameter.replace(default=inspect.Parameter.empty, annotation=inspect.Parameter.empty))
-        found.append(text if default is inspect.Parameter.empty else f"{text}={shown}")
-    return "(" + "".join(f"\n    {text}," for text in found) + "\n)"
+def described_class(name, cls):
+    """How it is made, its fields, and its own public methods and properties."""
+    yield f"class {name}{shown(cls)}" if maker(cls) is cls else f"class {name}, made as {maker(cls).__name__}"
+    fields = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    if public_fields := [field for field in fields if not field.startswith("_")]:
+        yield f"  fields of {name}: {', '.join(public_fields)}"
+    ours = [base for base in reversed(cls.__mro__) if base.__module__.partition(".")[0] == "jbn"]
+    members = {member: value for base in ours for member, value in vars(base).items() if member not in fields}
+    for member, value in sorted(members.items()):
+        if member.startswith("_") and member != "__call__":
+            continue
+        if isinstance(value, property):
+            yield f"property {name}.{member}"
+        elif inspect.isroutine(value):  # a function, a class method or a static one
+            yield f"def {name}.{member}{shown(getattr(cls, member))}"
+
+
+def shown(value):
+    """A signature with one parameter or marker (`*`, `/`) a line, and defaults by their name, not address.
+
+    Without annotations: how those are written differs from version to version of Python and JAX.
+    """
+    given = signature(value).parameters.values()
+    bare = [parameter.replace(annotation=parameter.empty, default=parameter.empty) for parameter in given]
+    defaults = {
+        parameter.name: f"={by_name(parameter.default)}"
+        for parameter in given
+        if parameter.default is not parameter.empty
+    }
+    words = str(inspect.Signature(bare))[1:-1].split(", ")
+    return "(" + "".join(f"\n    {word}{defaults.get(word, '')}," for word in words) + "\n)"
+
+
+def by_name(default):
+    text = re.sub(r"<function (\w+) at \w+>", r"\1", repr(default))
+    return re.sub(r"<(?:object|\S+Sentinel\S*|flax\S+) .*?at \w+>", "...", text)
 
 
 def variables():
@@ -105,13 +143,13 @@ def variables():
         layer = jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
         jbn.nnx.keep_batch_moments(layer)
         yield f"jbn.nnx.BatchNorm, {options}", shapes(nnx.to_pure_dict(nnx.state(layer)))
+    attributes = ", ".join(sorted(name for name in vars(layer) if not name.startswith("_")))
+    yield f"jbn.nnx.BatchNorm has {attributes}", []
     for count in (False, True):
         yield (
             f"jbn.init(3, count={count})",
             shapes(dict(zip(("params", "batch_stats"), jbn.init(3, count=count), strict=True))),
         )
-    fields = ", ".join(field.name for field in dataclasses.fields(jbn.Moments))
-    yield f"jbn.Moments: {fields}", []
 
 
 def shapes(tree):
@@ -120,7 +158,7 @@ def shapes(tree):
 
 
 def test_the_api_is_that_of_the_snapshot():
-    """If the change is meant: `python -m tests.test_api`, and say it in CHANGELOG.md."""
+    """If it is meant: `JAX_NUM_CPU_DEVICES=8 python -m tests.test_api`, and say it in CHANGELOG.md."""
     assert described() == SNAPSHOT.read_text()
 
 

@@ -1,7 +1,11 @@
 """Every error says which argument of which call, what came, what was expected, how to mend it."""
 
+import ast
 import contextlib
+import functools
 import pickle
+import traceback
+from pathlib import Path
 
 import pytest
 
@@ -32,18 +36,46 @@ TABLES = {
     "fold": (texts_fold.TEXTS, loosely),
     "tools": (texts_tools.TEXTS, loosely),
 }
-CASES = [
-    pytest.param(wrong, text, context, id=f"{table}: {name}")
+CASES = {
+    f"{table}: {name}": (wrong, text, context)
     for table, (texts, context) in TABLES.items()
     for name, (wrong, text) in texts.items()
-]
+}
+PACKAGE = Path(jbn.__file__).parent
 
 
-@pytest.mark.parametrize(("wrong", "text", "context"), CASES)
-def test_error_text(wrong, text, context):
+@functools.cache  # some take a while, and test_every_error_has_a_text needs all of them
+def raised(name):
+    """The text of a case's error, and the lines of the package that had a part in it."""
+    wrong, _, context = CASES[name]
     with context(), pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
         wrong()
-    assert str(caught.value) == text
+    return str(caught.value), frozenset(lines(caught.value))
+
+
+def lines(error):
+    """File and line of every frame that the error passed, and of those that it took the place of."""
+    while error is not None:
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            yield frame.f_code.co_filename, line
+        error = error.__context__
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_error_text(name):
+    assert raised(name)[0] == CASES[name][1]
+
+
+def test_every_error_has_a_text():
+    """Of every `error(...)` in the package, some case above shows what it says."""
+    reached = set().union(*(raised(name)[1] for name in CASES))
+    unseen = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "error":
+                spot = {(str(file), line) for line in range(node.lineno, node.end_lineno + 1)}
+                unseen += [] if spot & reached else [f"{file.relative_to(PACKAGE)}:{node.lineno}"]
+    assert not unseen
 
 
 def test_an_unbound_axis_is_a_name_error_as_in_jax():

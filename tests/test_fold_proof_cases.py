@@ -179,22 +179,6 @@ def test_an_output_that_is_finite_only_before_or_after_has_moved():
     )
 
 
-@pytest.mark.parametrize(
-    ("end", "got"),
-    [
-        (lambda y: y.argmax(-1), "a function that returns int32[4]"),
-        (lambda y: (), "a function that returns nothing"),
-    ],
-    ids=["argmax", "nothing"],
-)
-def test_a_call_without_floating_outputs(end, got):
-    model, variables, x = net()
-    assert error_of(variables, call=lambda variables, x: end(model.apply(variables, x)), x=x) == (
-        f"jbn.tools.fold_variables: call is {got}. Expected floating outputs, by which the proof sees a "
-        "change. Return the logits, and not their argmax."
-    )
-
-
 def test_no_pairs_in_a_model_without_params():
     variables = {"batch_stats": {"mean": np.zeros(3, np.float32), "var": np.ones(3, np.float32)}}
     assert_trees_close(fold_variables(variables, []), variables, 0.0)

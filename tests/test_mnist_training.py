@@ -36,7 +36,7 @@ def test_weight_decay_is_for_kernels_alone():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_the_article_trains_its_mlp_by_adam_for_1000_steps(data_dir):
+def test_the_mlp_is_trained_by_adam_for_1000_steps(data_dir):
     config = with_preset(Config(model="mlp", data_dir=data_dir))
     assert (config.epochs, config.max_steps) == (None, 1000)
     optimizer, schedule = mnist.make_optimizer(config, total_steps=1000)

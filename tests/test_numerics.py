@@ -41,7 +41,7 @@ def test_standard_normal(shape):
 @pytest.mark.parametrize("location", [1e3, 1e4, -1e4])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_far_from_zero_at_the_first_step(shape, location):
-    """Where E[x^2] - E[x]^2 says 16 or 0. Better than the 1e-5 and 1e-4 of the design."""
+    """Where E[x^2] - E[x]^2 says 16 or 0: the bounds are those of data about 0."""
     var, y = errors(normal(shape, location), jbn.init(shape[-1])[1])
     assert var < 1e-6
     assert y < 2e-6
@@ -124,7 +124,7 @@ def test_the_mean_of_twenty_million_values_is_exact():
     assert float(new["mean"][0]) == -1.0
 
 
-def test_the_formula_the_article_prints_is_ours_with_scale_over_root_n():
+def test_the_formula_with_root_n_is_ours_with_scale_divided_by_it():
     """x_hat = (x - mean) / (sigma sqrt(N)), as printed, is no unit deviation; but whoever wants it has it."""
     x = normal((64, 5), 3.0, 2.0)
     printed = (x - x.mean(0, dtype=np.float64)) / (x.std(0, dtype=np.float64) * np.sqrt(64))

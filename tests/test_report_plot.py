@@ -3,7 +3,6 @@
 import sys
 
 import numpy as np
-import pytest
 
 from jbn.tools import plot, report
 from tests.reporting import BATCH, HEALTHY, VARIABLES, array, moments_of, variables_of
@@ -100,13 +99,3 @@ def test_paths_of_pictures(tmp_path):
     with (tmp_path / "open").open("wb") as file:
         plot(VARIABLES, path=file)
     assert png_size(tmp_path / "open")[0] == 1560
-
-
-def test_matplotlib_is_optional(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match="not installed") as caught:
-        plot(VARIABLES)
-    assert str(caught.value) == (
-        "jbn.tools.plot: matplotlib is not installed. Expected it for a picture. "
-        "Install it: pip install 'jbn[examples]', or pip install matplotlib."
-    )

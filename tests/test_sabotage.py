@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.sabotage import BREAKS, ROOT, broken
+from tests.breakages import BREAKS
+from tests.sabotage import ROOT, broken
 
 
 @pytest.mark.parametrize("name", BREAKS)

@@ -205,6 +205,13 @@ TEXTS = {
         "the axis in two, for example a mesh of shape (groups, devices per group), and pass the name "
         "of the second as axis_name.",
     ),
+    "groups without some of the devices": (
+        lambda: jax.vmap(
+            lambda x: call(x=x, axis_name="data", axis_index_groups=[[0, 1], [2, 3]]), axis_name="data"
+        )(X),
+        "jbn.batch_norm: axis_index_groups is ((0, 1), (2, 3)) for the 8 devices of 'data'. Expected each "
+        "index in one group. For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
+    ),
     "unbound axis": (
         lambda: call(axis_name="data"),
         "jbn.batch_norm: axis_name is 'data', which nothing around the call binds. Expected a "

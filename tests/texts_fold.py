@@ -37,6 +37,11 @@ def stacked_model():
     return fold_variables(variables, [("ScanStep_0/Dense_0", "ScanStep_0/BatchNorm_0")])
 
 
+def with_outputs(end):
+    model, variables, x = net()
+    return fold_variables(variables, call=lambda variables, x: end(model.apply(variables, x)), x=x)
+
+
 def out_of_range_of_float16(var):
     layer = {"kernel": np.ones((3, 1), np.float16)}
     stats = ONE_STATS | {"var": np.full(1, var, np.float32)}
@@ -192,4 +197,12 @@ TEXTS = {
         "jbn.tools.fold_variables: pairs is a sequence with a -> b, which moves outputs by 1.0e+00 of the "
         "largest. Expected at most 3.9e-03. " + MOVED_FIX,
     ),
+    **{
+        f"outputs to prove by, of which none floats: {got}": (
+            lambda end=end: with_outputs(end),
+            f"jbn.tools.fold_variables: call is a function that returns {got}. Expected floating outputs, by "
+            "which the proof sees a change. Return the logits, and not their argmax.",
+        )
+        for got, end in (("int32[4]", lambda y: y.argmax(-1)), ("nothing", lambda y: ()))
+    },
 }

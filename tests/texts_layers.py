@@ -181,4 +181,10 @@ TEXTS = {
         "use_fast_variance, promote_dtype, frozen, unbiased, debias, skip_nonfinite, "
         "virtual_batch_size, renorm, activation). Check the spelling.",
     ),
+    "nnx: an override that needs counts": (
+        lambda: jbn.nnx.replace_batch_norm(nnx_layer(), momentum=None),
+        "jbn.nnx.replace_batch_norm: overrides is momentum=None or debias=True. Expected layers that have "
+        "counted their updates from the first one. Make the model with jbn.nnx.BatchNorm and this option, "
+        "and load its variables.",
+    ),
 }

@@ -1,5 +1,8 @@
 """Wrong calls of report and plot, and the whole text of each error."""
 
+import sys
+import unittest.mock
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +20,13 @@ UNREADABLE = (
     "Call it outside of jit, grad and scan, and not on what eval_shape returns."
 )
 PICTURE = "Expected the path of a picture that matplotlib can write. For example 'drift.png'."
+
+
+def plot_without_matplotlib():
+    with unittest.mock.patch.dict(sys.modules, {"matplotlib.figure": None}):
+        plot(VARIABLES)
+
+
 TEXTS = {
     "no variables": (
         lambda: report([VARIABLES]),
@@ -97,5 +107,10 @@ TEXTS = {
         lambda: plot(report(VARIABLES), {"bn": BATCH}),
         "jbn.tools.plot: moments is given beside a report. Expected None, for a report has its own. Pass the "
         "variables, or make the report with the moments.",
+    ),
+    "a picture without matplotlib": (
+        plot_without_matplotlib,
+        "jbn.tools.plot: matplotlib is not installed. Expected it for a picture. "
+        "Install it: pip install 'jbn[examples]', or pip install matplotlib.",
     ),
 }

@@ -1,6 +1,7 @@
-"""Error texts in full of the functions that make, measure, merge and update statistics."""
+"""Error texts in full of the functions that make, measure, merge, update and debias statistics."""
 
 import jbn
+import jbn.tools
 from tests.texts_core import STATS, X
 
 TEXTS = {
@@ -46,5 +47,10 @@ TEXTS = {
         lambda: jbn.update(None, jbn.moments(X)),
         "jbn.update: batch_stats is None. Expected a dict or FrozenDict with mean, var, count, rows. "
         "See jbn.init.",
+    ),
+    "debias cumulative statistics": (
+        lambda: jbn.tools.debias({"batch_stats": {"bn": jbn.init(3, count=True)[1]}}, momentum={"bn": None}),
+        "jbn.tools.debias: momentum is None. Expected a number from 0 to 1, that of the layers. Cumulative "
+        "statistics have nothing to debias: leave their layers out.",
     ),
 }
