@@ -47,6 +47,13 @@ class LayerReport:
       mean_drift_median: of |mean drift|, over channels.
       var_drift_max: of |variance drift|, the worst channel.
       var_drift_median: of |variance drift|, over channels.
+
+    Example:
+      >>> import jbn, jbn.tools
+      >>> params, batch_stats = jbn.init(2)
+      >>> row = jbn.tools.report({"params": params, "batch_stats": batch_stats}).rows[0]
+      >>> print(row.channels, row.never_updated, row.var_max, row.drift)
+      2 True 1.0 None
     """
 
     path: str

@@ -43,6 +43,13 @@ class Report:
     Attributes:
       rows: one `LayerReport` per batch norm, worst first if a drift is known.
       channels: for each row the values that it sums up.
+
+    Example:
+      >>> import jbn, jbn.tools
+      >>> params, batch_stats = jbn.init(2)
+      >>> found = jbn.tools.report({"params": params, "batch_stats": batch_stats})
+      >>> print(found.to_csv().splitlines()[1])
+      ,2,,True,0,0,0.0,0.0,1.0,1.0,1.0,1.0,,,,,
     """
 
     rows: tuple[LayerReport, ...]
