@@ -166,7 +166,8 @@ def debiased(batch_stats: BatchStats, momentum: Any) -> BatchStats:
     updated = count > 0
     share = jnp.where(updated, jnp.exp(log_share), jnp.zeros_like(log_share))
     learned = jnp.where(updated, -jnp.expm1(log_share), jnp.ones_like(log_share))  # 1 - share, to all digits
-    mean = mean.astype(working(mean.dtype, kind)) / learned
+    mean = mean.astype(working(mean.dtype, kind))
+    mean = mean / learned.astype(mean.dtype)
     return {"mean": mean, "var": jnp.maximum((var.astype(kind) - share) / learned, 0)}
 
 

@@ -114,7 +114,7 @@ def _power_of_two(size: int) -> int:
 def weighted(values: Array, weights: Array | None) -> Array:
     """Weight times value; values of entries that take no part are 0 already."""
     if weights is not None and weights.dtype != bool:
-        values = values * zeroed(weights.astype(values.real.dtype), weights)
+        values = values * zeroed(weights.astype(values.real.dtype), weights).astype(values.dtype)
     return values
 
 

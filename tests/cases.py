@@ -129,6 +129,7 @@ CASES = [
     Case("fractional weights", (24, 2, 4), mask="weights"),
     Case("masked bfloat16", (16, 3, 4), dtype=jnp.bfloat16, mask="examples"),
     Case("masked complex", (16, 3, 4), dtype=np.complex64, mask="examples"),
+    Case("weighted complex", (16, 3, 4), dtype=np.complex64, mask="weights"),
     Case("masked, far from zero", (64, 3, 3), mask="steps", location=1e4, spread=1.0),
 ]
 REAL = [case for case in CASES if not np.issubdtype(case.dtype, np.complexfloating)]

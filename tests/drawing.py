@@ -99,9 +99,6 @@ def calls(seed):
         "momentum is an array": draw([False] * 3 + [True]),
         "wrong": None,
     }
-    if is_complex:  # both of which need JAX's implicit promotion
-        call["mask"] = "examples" if call["mask"] == "weights" else call["mask"]
-        call["options"]["debias"] = False
     if draw([True] * 4 + [False]):
         _fit(call)
     return call
