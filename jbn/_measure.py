@@ -25,6 +25,11 @@ from jbn._types import X, sharded_like, wide
 # exactly. Beyond, its bytes would grow with the devices, and two collectives of constant size take over.
 _TABLE_DEVICES = 8
 
+# Where the mean of the batches before, if it is near, is a better shift than rows of x. XLA for TPUs sums
+# inside of the convolution that makes x, which it cannot as long as the sums wait for rows of x. Elsewhere
+# rows cost nothing, and XLA for GPUs would always make the second pass.
+_GUESSES = "tpu"
+
 
 class Measured(NamedTuple):
     """Moments as the core keeps them: of x's rank, 1 along the reduced axes, and the mean in two parts.
@@ -40,12 +45,6 @@ class Measured(NamedTuple):
     var: Float[Array, "..."]
 
 
-# Where the mean of the batches before, if it is near, is a better shift than rows of x. XLA for TPUs sums
-# inside of the convolution that makes x, which it cannot as long as the sums wait for rows of x. Elsewhere
-# rows cost nothing, and XLA for GPUs would always make the second pass.
-_GUESSES = "tpu"
-
-
 def measure(x: X, weights: Array | None, reduction: Reduction, guess: Array | None = None) -> Measured:
     """Moments of x over the axes and devices of `reduction`, in float32 or wider.
 
@@ -53,7 +52,8 @@ def measure(x: X, weights: Array | None, reduction: Reduction, guess: Array | No
     - A constant channel has variance 0 exactly: the shift is then its value.
     - Weights are 0 or False for entries that take no part, whatever they hold.
     - Differentiable to any order: the shift is a constant, and drops out of every derivative.
-    - `guess` may tell where the mean lies, of x's rank; a bad one costs a pass on a TPU, and no accuracy.
+    - `guess` may tell where the mean lies, of x's rank; a bad one, and under vmap any, costs a pass on a TPU,
+      and no accuracy.
     """
     if jnp.iscomplexobj(x):
         return _measure_complex(x, weights, reduction, guess)
@@ -81,6 +81,14 @@ def _joined(parts: Measured) -> Measured:
     return Measured(total[0], values[0], lax.complex(*shift), lax.complex(*rest), var[0] + var[1])
 
 
+class Sums(NamedTuple):
+    """What is summed about a shift: the last three of `Measured`."""
+
+    shift: Array
+    rest: Array
+    var: Array
+
+
 def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...], guess: Array | None) -> Measured:
     total, values = _counts(x, weights, axes)
     about = functools.partial(_about, x, weights, axes, total)
@@ -91,7 +99,9 @@ def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...], guess: Ar
     def about_guess(guess: Array) -> Sums:
         """About the guess where it lies within a deviation of the mean, in every channel; else about rows."""
         sums = about(guess)
-        sums = sums._replace(shift=guess + jnp.zeros_like(sums.rest))  # as varying over devices as the rest
+        rows = sharded_like(jnp.broadcast_to(total, guess.shape), guess)
+        shift = jnp.where(rows > 0, guess, jnp.zeros_like(guess))
+        sums = sums._replace(shift=shift + jnp.zeros_like(sums.rest))  # as varying over devices as the rest
         near_it = jnp.all(sums.rest * sums.rest <= sums.var)  # what has overflowed is not
         return Sums(*lax.cond(near_it, lambda: sums, about_rows))
 
@@ -105,14 +115,6 @@ def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...], guess: Ar
         sums = Sums(*lax.platform_dependent(**{_GUESSES: about_it}, default=about_rows))
     total, values = (sharded_like(jnp.broadcast_to(n, sums.rest.shape), sums.rest) for n in (total, values))
     return Measured(total, values, *sums)
-
-
-class Sums(NamedTuple):
-    """What is summed about a shift: the last three of `Measured`."""
-
-    shift: Array
-    rest: Array
-    var: Array
 
 
 def _about(x: X, weights: Array | None, axes: tuple[int, ...], total: Array, shift: Array) -> Sums:

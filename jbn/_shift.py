@@ -59,7 +59,7 @@ def near(x: X, weights: Array | None, axes: tuple[int, ...], total: Array) -> Ar
     if not all(x.shape[axis] for axis in axes):
         return jnp.zeros([1 if axis in axes else size for axis, size in enumerate(x.shape)], dtype)
     if weights is None and _can_be_cut(x, axes):
-        return _mean_or_first(_some_rows(x, axes).astype(dtype), axes)
+        return _exact_mean(_some_rows(x, axes).astype(dtype), axes)
     taken, rows = None if weights is None else used(weights), x.astype(dtype)
     low = jnp.min(rows, axes, keepdims=True, where=taken, initial=np.inf)
     high = jnp.max(rows, axes, keepdims=True, where=taken, initial=-np.inf)
@@ -86,24 +86,24 @@ def _some_rows(x: X, axes: tuple[int, ...]) -> X:
         if not room:
             break
         taken[room[0]] *= 2
-    sizes = [taken.get(axis, size) for axis, size in enumerate(x.shape)]
-    steps = [size // part for size, part in zip(x.shape, sizes, strict=True)]
-    limits = [(size - 1) * step + 1 for size, step in zip(sizes, steps, strict=True)]
+    steps = [size // taken[axis] if axis in taken else 1 for axis, size in enumerate(x.shape)]
+    limits = [
+        (taken[axis] - 1) * steps[axis] + 1 if axis in taken else size for axis, size in enumerate(x.shape)
+    ]
     return lax.slice(x, [0] * x.ndim, limits, steps)
 
 
-def _mean_or_first(rows: Array, axes: tuple[int, ...]) -> Array:
-    """The mean of rows; of rows that are equal, exactly their value, which a sum may have rounded.
+def _exact_mean(rows: Array, axes: tuple[int, ...]) -> Array:
+    """The mean of a power of two of rows; of rows that are equal, exactly their value.
 
-    The first row is had as a sum too, so that of sharded rows both travel in one collective.
+    For that each is split into leading and other digits, of which a sum of equal ones rounds nothing.
+    As two sums, that of sharded rows both travel in one collective.
     """
-    count = math.prod(rows.shape[axis] for axis in axes)
-    only_first = np.zeros([size if a in axes else 1 for a, size in enumerate(rows.shape)], rows.dtype)
-    only_first.flat[0] = 1
-    mean = jnp.mean(rows, axes, keepdims=True)
-    first = jnp.sum(only_first * rows, axes, keepdims=True)
-    rounding = count * jnp.finfo(rows.dtype).eps
-    return jnp.where(jnp.abs(mean - first) <= rounding * jnp.abs(first), first, mean)
+    rows = rows / math.prod(rows.shape[axis] for axis in axes)  # first, or rows of 1e38 would overflow
+    digits = jnp.finfo(rows.dtype)
+    leading = lax.reduce_precision(rows, digits.nexp, digits.nmant // 2)
+    first, second = (jnp.sum(part, axes, keepdims=True) for part in (leading, rows - leading))
+    return first + second
 
 
 def _power_of_two(size: int) -> int:

@@ -7,6 +7,7 @@ short axis is one loop that reads each value once and makes both sums, so there 
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -15,7 +16,7 @@ from jbn._shift import weighted
 from jbn._types import X, spec
 
 # Of more than the most, XLA makes a loop that is not vectorized; of fewer than the least, too much is stored.
-_MOST, _LEAST = 16, 4
+_MOST_PAIRS, _LEAST_PAIRS = 16, 4
 
 
 def two_sums(
@@ -74,14 +75,14 @@ def _line_by_pairs(constant: Array, slope: Array, offset: Array, pairs: tuple[in
 def _pairs(x: X, axes: tuple[int, ...]) -> tuple[int, int] | None:
     """The axis along which successive pairs are added, and how many: the most that divide its size.
 
-    The last axis that can be cut, as the first is the batch, which jit may have sharded. None where there is
-    none or nothing to convert, and over explicit mesh axes, where XLA would gather x to take it apart.
+    None where nothing fits or nothing is converted. Of a sharded axis XLA would gather x to take it apart,
+    unless each device has whole groups of pairs: jit may have sharded any axis, and does not say so.
     """
     if x.dtype.itemsize >= 4 or any(part is not None for part in spec(x)):
         return None
     for axis in reversed(axes):
         size = x.shape[axis]
-        for pairs in range(_MOST, _LEAST - 1, -1):
-            if isinstance(size, int) and size and size % pairs == 0:
-                return axis, pairs
+        for number in range(_MOST_PAIRS, _LEAST_PAIRS - 1, -1):
+            if isinstance(size, int) and size and size % (number * jax.device_count()) == 0:
+                return axis, number
     return None

@@ -78,6 +78,27 @@ def test_jit_of_a_sharded_batch_needs_one_more_for_the_shift(shape, dtype):
     assert collectives(with_gradients.lower(PARAMS, x).compile().as_text()) == ["all-reduce"] * 3
 
 
+@pytest.mark.parametrize(
+    ("shape", "cut"),
+    [
+        ((96, 4), P("data")),
+        ((800, 4), P("data")),
+        ((72, 3, 3, 4), P("data")),
+        ((16, 17, 4), P("data")),
+        ((8, 16, 32, 4), P(None, None, "data")),
+        ((8, 56, 56, 4), P(None, "data")),
+    ],
+    ids=str,
+)
+def test_jit_gathers_nothing_and_sums_whole_channels(shape, cut):
+    x = jax.device_put(jnp.zeros(shape, jnp.bfloat16), jax.NamedSharding(mesh(), cut))
+    run = functools.partial(core, axis_name=None)
+    with_gradients = jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(run(params, x)[0])), (0, 1)))
+    program = with_gradients.lower(PARAMS, x).compile().as_text()
+    assert "all-gather" not in collectives(program)
+    assert not re.search(r"c64\S* all-reduce", program)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_explicit_axes_gather_nothing(dtype):
     explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))

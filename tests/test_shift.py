@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jbn
 from jbn._shift import _some_rows, near
 
 
@@ -32,7 +33,7 @@ def test_they_are_spread_over_the_batch():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-3, 12345.678])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-3, 12345.678, -2.7e4])
 def test_equal_rows_have_exactly_their_value(value, dtype):
     """32 times 0.1, added one by one, is no multiple of it any more."""
     x = jnp.full((96, 3), value, dtype)
@@ -44,3 +45,27 @@ def test_rows_that_are_nearly_equal_have_a_shift_near_them():
     x = 1e4 + 1e-3 * np.arange(-32, 32, dtype=np.float32)[:, None]
     shift = near(jnp.asarray(x, jnp.float32), None, (0,), jnp.ones((1, 1)))
     assert x.min() <= float(shift[0, 0]) <= x.max()
+
+
+@pytest.mark.parametrize("value", [1e-30, 1e30, 1e38, 3e38, -3e38])
+def test_no_constant_is_too_large_or_small(value):
+    x = jnp.full((96, 3), value, jnp.float32)
+    y, new = jbn.batch_norm(
+        None, {"mean": jnp.zeros(3), "var": jnp.ones(3)}, x, use_running_average=False, momentum=0.0
+    )
+    np.testing.assert_array_equal(y, 0)
+    np.testing.assert_array_equal(new["mean"], np.float32(value))
+    np.testing.assert_array_equal(new["var"], 0)
+
+
+@pytest.mark.parametrize(("location", "first", "spread"), [(1e6, 3.0, 0.05), (1e4, 0.03, 5e-4)])
+def test_a_first_row_far_out_is_one_of_many(location, first, spread):
+    x = np.random.default_rng(0).normal(location, spread, (100_000, 4)).astype(np.float32)
+    x[0] = location + first
+    var = np.asarray(jbn.moments(x).var, np.float64)
+    assert np.abs(var / x.astype(np.float64).var(0) - 1).max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(16, 0), (4, 4, 0), (0, 3), (0, 0)])
+def test_nothing_to_measure(shape):
+    assert jbn.moments(jnp.zeros(shape)).var.shape == shape[-1:]

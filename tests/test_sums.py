@@ -12,6 +12,17 @@ from jbn import _sums
 from tests.cases import assert_close, assert_trees_close, tolerance
 
 TOLERANCE = tolerance(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Where there are several, jit may have sharded x: only axes are cut that all of them could share."""
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    yield
+    jax.clear_caches()
+
+
 # Shape, axes that are summed over, and along which of them how many pairs are added first.
 CUTS = [
     ((32, 5), (0,), (0, 16)),
@@ -104,6 +115,14 @@ def test_no_bfloat16_is_stored_as_float32(shape):
 
     compiled = jax.jit(step).lower(params, x, x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * x.nbytes
+
+
+def test_what_devices_may_share_is_cut_within_each_of_them(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert _sums._pairs(jnp.zeros((1024, 5), jnp.bfloat16), (0,)) == (0, 16)
+    assert _sums._pairs(jnp.zeros((96, 5), jnp.bfloat16), (0,)) == (0, 12)
+    assert _sums._pairs(jnp.zeros((72, 3, 16, 5), jnp.bfloat16), (0, 1, 2)) == (0, 9)
+    assert _sums._pairs(jnp.zeros((100, 5), jnp.bfloat16), (0,)) is None
 
 
 def test_a_sharded_axis_is_not_cut():
