@@ -34,7 +34,7 @@ def test_the_right_answer_or_an_error_of_ours():
     assert 2 * sum(answered) >= EXAMPLES, f"{sum(answered)} of {EXAMPLES}"
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=str)
+@pytest.mark.parametrize("wrong", WRONG, ids=[f"{name} {i}" for i, (name, _) in enumerate(WRONG)])
 def test_what_no_call_may_have(wrong):
     for seed in range(16):
         call = calls(seed) | {"wrong": wrong}
