@@ -15,7 +15,7 @@ from jbn._affine import Inputs, Normalization, affine, finished, finite, settled
 from jbn._measure import Measured, dot, expectations, inverse_deviation, measure
 from jbn._renorm import Reference, renormalized
 from jbn._shift import Use, centre, weighted, zeroed
-from jbn._sums import spread
+from jbn._sums import plain_sums, spread
 from jbn._types import X, working
 
 
@@ -124,10 +124,8 @@ def _tangent_sums(
 ) -> Array:
     """Of x_dot and of (x - mean) x_dot, on this device: the rest of the mean where it costs nothing."""
     offset, x_dot = centre(x, measured.shift, weights), zeroed(x_dot.astype(measured.shift.dtype), weights)
-    first, second = (
-        jnp.sum(weighted(value, weights), config.reduction.axes, keepdims=True)
-        for value in (x_dot, dot(offset, x_dot))
-    )
+    values, products = weighted(x_dot, weights), weighted(dot(offset, x_dot), weights)
+    first, second = plain_sums(values, products, config.reduction.axes)
     return jnp.stack([first, (second - dot(measured.rest, first)).astype(first.dtype)])
 
 

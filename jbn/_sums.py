@@ -24,7 +24,7 @@ def two_sums(
 ) -> tuple[Array, Array]:
     """The sums of both, which are made of x, over axes that are kept with size 1."""
     first, second = weighted(first, weights), weighted(second, weights)
-    both = functools.partial(_both, axes=axes)
+    both = functools.partial(plain_sums, axes=axes)
     pairs = _pairs(x, axes)
     if pairs is None:
         return both(first, second)
@@ -44,7 +44,8 @@ def spread(x: X, constant: Array, slope: Array, offset: Array, axes: tuple[int, 
     return line
 
 
-def _both(first: Array, second: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+def plain_sums(first: Array, second: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The two sums as they are: for what is transposed to plain broadcasts."""
     return jnp.sum(first, axes, keepdims=True), jnp.sum(second, axes, keepdims=True)
 
 
@@ -55,7 +56,7 @@ def _both_by_pairs(
     both = lax.complex(first, second)
     both = jnp.reshape(both, (*both.shape[:axis], both.shape[axis] // size, size, *both.shape[axis + 1 :]))
     both = jnp.sum(both, axis + 1)
-    return _both(lax.real(both), lax.imag(both), axes)
+    return plain_sums(lax.real(both), lax.imag(both), axes)
 
 
 def _line(constant: Array, slope: Array, offset: Array) -> Array:
