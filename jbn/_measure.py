@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
 from jbn._devices import Reduction
-from jbn._shift import Use, centre, near, or_one, used, zeroed
+from jbn._shift import Total, Use, centre, near, or_one, per_row, used, zeroed
 from jbn._sums import two_sums
 from jbn._types import X, sharded_like, wide
 
@@ -98,9 +98,12 @@ def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...], guess: Ar
 
     def about_guess(guess: Array) -> Sums:
         """About the guess where it lies within a deviation of the mean, in every channel; else about rows."""
-        sums = about(guess)
-        rows = sharded_like(jnp.broadcast_to(total, guess.shape), guess)
-        shift = jnp.where(rows > 0, guess, jnp.zeros_like(guess))
+        near_by = jnp.where(jnp.isfinite(guess), jnp.real(guess), 0).astype(wide(x.dtype))
+        shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+        near_by = lax.stop_gradient(sharded_like(jnp.broadcast_to(near_by, shape), x))
+        sums = about(near_by)
+        rows = sharded_like(jnp.broadcast_to(total, near_by.shape), near_by)
+        shift = jnp.where(rows > 0, near_by, jnp.zeros_like(near_by))
         sums = sums._replace(shift=shift + jnp.zeros_like(sums.rest))  # as varying over devices as the rest
         near_it = jnp.all(sums.rest * sums.rest <= sums.var)  # what has overflowed is not
         return Sums(*lax.cond(near_it, lambda: sums, about_rows))
@@ -108,26 +111,30 @@ def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...], guess: Ar
     if guess is None:
         sums = about_rows()
     else:
-        guess = jnp.where(jnp.isfinite(guess), jnp.real(guess), 0).astype(wide(x.dtype))
-        shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
-        guess = lax.stop_gradient(sharded_like(jnp.broadcast_to(guess, shape), x))
         about_it = functools.partial(about_guess, guess)
         sums = Sums(*lax.platform_dependent(**{_GUESSES: about_it}, default=about_rows))
     total, values = (sharded_like(jnp.broadcast_to(n, sums.rest.shape), sums.rest) for n in (total, values))
     return Measured(total, values, *sums)
 
 
-def _about(x: X, weights: Array | None, axes: tuple[int, ...], total: Array, shift: Array) -> Sums:
-    divisor = or_one(sharded_like(jnp.broadcast_to(total, shift.shape), shift))
+def _about(x: X, weights: Array | None, axes: tuple[int, ...], total: Total, shift: Array) -> Sums:
     offset = centre(x, shift, weights, Use.VARIANCE)
     first, second = two_sums(x, centre(x, shift, weights, Use.MEAN), offset * offset, weights, axes)
-    rest = first / divisor
-    return Sums(shift, rest, _not_negative(second / divisor - rest * rest))
+    rest = per_row(first, total)
+    return Sums(shift, rest, _not_negative(per_row(second, total) - rest * rest))
 
 
-def _counts(x: X, weights: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:
+def known_rows(x: X, weights: Array | None, axes: tuple[int, ...]) -> int | None:
+    """How many rows are measured on this device; None where only the program will know."""
+    rows = math.prod(x.shape[axis] for axis in axes)
+    return rows if weights is None and isinstance(rows, int) else None
+
+
+def _counts(x: X, weights: Array | None, axes: tuple[int, ...]) -> tuple[Total, Total]:
     """Sum of the weights and number of entries that take part."""
-    dtype = wide(x.dtype)
+    dtype, known = wide(x.dtype), known_rows(x, weights, axes)
+    if known is not None:
+        return dtype.type(known), dtype.type(known)
     if weights is None:
         rows = jnp.full([1] * x.ndim, math.prod(x.shape[axis] for axis in axes), dtype)
         return rows, rows
@@ -139,13 +146,12 @@ def _counts(x: X, weights: Array | None, axes: tuple[int, ...]) -> tuple[Array, 
     return repeats * jnp.sum(zeroed(weights.astype(dtype), weights), axes, keepdims=True), values
 
 
-def expectations(sums: Array, total: Array, reduction: Reduction) -> Array:
+def expectations(sums: Array, total: Total, reduction: Reduction) -> Array:
     """The means that belong to stacked sums of this device, over rows and devices, in one collective.
 
-    `total` is that of `measure`, over all devices; where it is 0 the mean is 0.
+    `total` is over all devices, as that of `measure`, or a number; where it is 0 the mean is 0.
     """
-    per_device = or_one(total) / reduction.size
-    return reduction.pmean(sums) / per_device[None].astype(sums.dtype)
+    return per_row(reduction.pmean(sums), total / reduction.size)
 
 
 def over_devices(local: Measured, reduction: Reduction) -> Measured:
@@ -213,6 +219,8 @@ def _largest(shift: Array, some: Bool[Array, "..."]) -> Array:
 def inverse_deviation(var: Float[Array, "..."], epsilon: float) -> Float[Array, "..."]:
     """1 / sqrt(var + epsilon), and 0 where both are 0: a constant channel then turns into bias, not NaN."""
     square = var + np.asarray(epsilon, var.dtype)
+    if epsilon >= jnp.finfo(var.dtype).tiny:
+        return lax.rsqrt(square)  # of what is never 0
     positive = square != 0
     return jnp.where(
         positive, lax.rsqrt(jnp.where(positive, square, jnp.ones_like(square))), jnp.zeros_like(var)
@@ -226,4 +234,4 @@ def dot(x: Array, y: Array) -> Array:
 
 def _not_negative(var: Array) -> Array:
     """Round-off below 0 is cut off; the derivative, which has none, is left alone, and NaN stays NaN."""
-    return var + lax.stop_gradient(jnp.where(var < 0, -var, jnp.zeros_like(var)))
+    return var + lax.stop_gradient(jnp.maximum(-var, 0))

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jbn._affine import Inputs, Normalization, affine, finished, finite, settled
-from jbn._measure import Measured, dot, expectations, inverse_deviation, measure
+from jbn._measure import Measured, dot, expectations, inverse_deviation, known_rows, measure
 from jbn._renorm import Reference, renormalized
 from jbn._shift import Use, centre, weighted, zeroed
 from jbn._sums import plain_sums, spread
@@ -103,7 +103,9 @@ def _normalize_jvp(
     tangent_sums = checkpoint(functools.partial(_tangent_sums, config))
     tangent_of = checkpoint(functools.partial(_tangent, config))
     local = tangent_sums(inputs.x, inputs.weights, measured, tangent.x)
-    means = expectations(local, measured.total, config.reduction)
+    rows = known_rows(inputs.x, inputs.weights, config.reduction.axes)
+    total = measured.total if rows is None else measured.total.dtype.type(rows * config.reduction.size)
+    means = expectations(local, total, config.reduction)
     positive = None if tangent.residual is None or config.activation is None else y
     y_dot, mean_dot, var_dot = tangent_of(inputs, measured, positive, means, tangent._replace(weights=None))
     still = jax.tree.map(jnp.zeros_like, measured)

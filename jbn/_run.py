@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from jbn._affine import Inputs, Normalization, normalize_by
 from jbn._devices import Reduction, axis_size, check_axis_name
 from jbn._errors import naming
 from jbn._ghost import normalize_groups
-from jbn._measure import Measured
+from jbn._measure import Measured, known_rows
 from jbn._moments import Moments, to_moments
 from jbn._normalize import normalize
 from jbn._options import Options, check_options, check_residual, check_several, check_statistics
@@ -76,8 +75,8 @@ def run(
     moments = to_moments(measured, axes)
     if batch_stats is None:
         return y, batch_stats, moments
-    certain = weights is None and _has_several(x, config.reduction)
-    seen = None if certain else lax.squeeze(measured.values > 1, axes)
+    rows = known_rows(x, weights, axes)  # several, and each channel is known to have a variance
+    seen = None if rows is not None and rows * size > 1 else lax.squeeze(measured.values > 1, axes)
     # Any: of the type of batch_stats
     new_stats: Any = remember(
         batch_stats,
@@ -93,12 +92,6 @@ def run(
         new_stats = jax.tree.map(select, batch_stats, new_stats)
         moments = jax.tree.map(lambda part: select(jnp.zeros_like(part), part), moments)
     return y, lax.stop_gradient(new_stats), moments
-
-
-def _has_several(x: X, reduction: Reduction) -> bool:
-    """Whether it is known while tracing that each channel has a variance."""
-    sizes = [x.shape[axis] for axis in reduction.axes]
-    return all(isinstance(size, int) for size in sizes) and math.prod(sizes) * reduction.size > 1
 
 
 def _train(

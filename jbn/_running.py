@@ -1,6 +1,5 @@
 """How running statistics remember: the update rule."""
 
-import functools
 import math
 from typing import Any
 
@@ -83,15 +82,15 @@ def remember(
     """`update` for the channels where `seen`; the others keep their statistics. None is all channels."""
     # Both shares are rounded once: 1 - momentum taken in float32 would be off by 6e-6 of itself at 0.99.
     shares = None if momentum is None else (momentum, 1 - momentum)
-    new_stats: BatchStats = _remember(batch_stats, moments, shares, seen, unbiased, skip_nonfinite)
+    run = _remember_by_numbers if isinstance(momentum, float | int) else _remember_by_arrays
+    new_stats: BatchStats = run(batch_stats, moments, shares, seen, unbiased, skip_nonfinite)
     return new_stats
 
 
-@functools.partial(jax.jit, static_argnames=("unbiased", "skip_nonfinite"))
 def _remember(
     batch_stats: BatchStats,
     moments: Moments,
-    shares: tuple[Array, Array] | None,
+    shares: tuple[float | Array, float | Array] | None,
     seen: Bool[Array, "*C"] | None,
     unbiased: bool,
     skip_nonfinite: bool,
@@ -120,6 +119,11 @@ def _remember(
         lambda path, old: _like(old, new[path[-1].key]), batch_stats
     )
     return result
+
+
+_CHOICES = ("unbiased", "skip_nonfinite")
+_remember_by_arrays = jax.jit(_remember, static_argnames=_CHOICES)
+_remember_by_numbers = jax.jit(_remember, static_argnames=("shares", *_CHOICES))  # constants of the program
 
 
 def _cumulative(batch_stats: BatchStats, moments: Moments, unbiased: bool) -> tuple[Array, Array]:
@@ -179,11 +183,16 @@ def without_end(count: Array) -> Array:
 def moving_average(old: Array, new: Array, shares: tuple[float | Array, float | Array]) -> Array:
     """keep * old + forget * new, for these shares, in float32 or wider."""
     dtype = working(old.dtype, new.dtype)
-    keep, forget = (jnp.asarray(share, dtype) for share in shares)
 
-    def part(share: Array, value: Array) -> Array:  # none of it where the share is 0, were it NaN or inf
+    def part(share: float | Array, value: Array) -> Array:
+        """None of it where the share is 0, were it NaN or inf."""
+        if isinstance(share, float | int):
+            number = dtype.type(share)
+            return number * value if number else jnp.zeros_like(value)
+        share = jnp.asarray(share, dtype)
         return jnp.where(share == 0, jnp.zeros_like(value), share * value)
 
+    keep, forget = shares
     return part(keep, old.astype(dtype)) + part(forget, new.astype(dtype))
 
 

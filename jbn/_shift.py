@@ -2,19 +2,23 @@
 
 import enum
 import math
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
-from jbn._types import X, spec, wide
+from jbn._types import X, sharded_like, spec, wide
 
 # The rows whose mean is the shift, and how many are taken along the first axis and each other to begin with.
 # One row would do, but then (shift - mean)^2 is of the size of the variance, in the worst of many channels
 # ten times it, and as much larger is the error of E[(x - shift)^2] - (mean - shift)^2. The mean of 32 makes
 # that 1.3.
 _SHIFT_ROWS, _EXAMPLES, _ROWS_PER_AXIS = 32, 8, 2
+
+# What is known while tracing stays a number: the compiler would need time to find that an array is constant.
+Total: TypeAlias = Array | np.floating[Any]
 
 
 class Use(enum.Enum):
@@ -47,7 +51,7 @@ def centre(x: X, shift: Array, weights: Array | None, use: Use = Use.ENTRIES) ->
     return zeroed(lax.squeeze(offset, front), weights)
 
 
-def near(x: X, weights: Array | None, axes: tuple[int, ...], total: Array) -> Array:
+def near(x: X, weights: Array | None, axes: tuple[int, ...], total: Total) -> Array:
     """A constant near the data, per channel: the mean of some rows, or of all rows.
 
     n of N rows bound (shift - mean)^2 by N/n times the variance, so that however far out they lie, the
@@ -63,7 +67,7 @@ def near(x: X, weights: Array | None, axes: tuple[int, ...], total: Array) -> Ar
     taken, rows = None if weights is None else used(weights), x.astype(dtype)
     low = jnp.min(rows, axes, keepdims=True, where=taken, initial=np.inf)
     high = jnp.max(rows, axes, keepdims=True, where=taken, initial=-np.inf)
-    mean = jnp.sum(weighted(zeroed(rows, weights), weights), axes, keepdims=True) / or_one(total)
+    mean = per_row(jnp.sum(weighted(zeroed(rows, weights), weights), axes, keepdims=True), total)
     return jnp.where(low > high, jnp.zeros_like(mean), jnp.clip(mean, low, high))
 
 
@@ -116,6 +120,14 @@ def weighted(values: Array, weights: Array | None) -> Array:
     if weights is not None and weights.dtype != bool:
         values = values * zeroed(weights.astype(values.real.dtype), weights).astype(values.dtype)
     return values
+
+
+def per_row(sums: Array, total: Total) -> Array:
+    """Sums over rows divided by their number, or total weight."""
+    if isinstance(total, np.floating):
+        return jnp.divide(sums, max(total, total.dtype.type(1)).astype(sums.dtype))
+    divisor = jnp.expand_dims(or_one(total), range(sums.ndim - total.ndim)).astype(sums.dtype)
+    return jnp.divide(sums, sharded_like(jnp.broadcast_to(divisor, sums.shape), sums))
 
 
 def or_one(total: Array) -> Array:
