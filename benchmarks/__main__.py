@@ -18,7 +18,7 @@ import time
 import jbn
 from benchmarks import tables
 from benchmarks.contestants import LAYERS
-from benchmarks.processes import CPU, JOBS, Failed, apart
+from benchmarks.processes import CPU, JOBS, TIMED, Failed, apart
 
 PARTS = {
     "traffic": "passes and peak memory of one layer, compiled ahead of time for an H100 and a TPU v5e",
@@ -70,7 +70,7 @@ def part(name, quick, remark):
     print(f"measuring {name}: {PARTS[name]}", file=sys.stderr, flush=True)
     start = time.perf_counter()
     try:
-        environment = {} if name == "gpu" else CPU
+        environment = {"gpu": {}, "cpu": TIMED}.get(name, CPU)
         found = [tables.Table(**one) for one in apart(f"benchmarks.{name}:tables", environment, quick=quick)]
     except Failed as error:
         found = [tables.missing(name, str(error))]

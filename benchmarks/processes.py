@@ -14,6 +14,9 @@ import subprocess
 import sys
 
 CPU = {"JAX_PLATFORMS": "cpu"}
+# glibc hands large arrays back to the system when they are freed, or not, as it happened to place them. The
+# page faults of the next ones are up to half of a step's time, and fall now on one layer and now on another.
+TIMED = CPU | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 # Without autotuning, compiling for a GPU needs none, and comes out the same on every machine.
 AHEAD = {
     "JAX_PLATFORMS": "cpu",

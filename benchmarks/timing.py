@@ -1,5 +1,6 @@
 """Times that can be compared although a machine is noisy: interleaved in one process, medians, quartiles."""
 
+import random
 import time
 from statistics import median, quantiles
 
@@ -7,11 +8,14 @@ from statistics import median, quantiles
 def interleaved(runs, rounds, before=3):
     """Seconds of each of `runs` ({name: function that waits for its result}) in every round.
 
-    Every round runs each once, starting with another one, so that slow spells hit all alike.
+    Every round runs each once, in an order of its own: slow spells hit all alike, and so does what one leaves
+    to the next, such as threads that still spin.
     """
+    shuffle = random.Random(0).shuffle
     names, times = list(runs), {name: [] for name in runs}
     for i in range(-before, rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        shuffle(names)
+        for name in names:
             start = time.perf_counter()
             runs[name]()
             if i >= 0:
