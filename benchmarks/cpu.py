@@ -12,8 +12,8 @@ ROUNDS = 40
 BASE = "Flax"
 ABOUT = """\
 Forward + backward of one layer in training, {rounds} rounds, all interleaved in one process. Ratio of the
-medians to Flax's default (in parentheses the quartiles of the ratios of single rounds); less is faster. Freed memory
-stays with the process, so that no layer pays for page faults by chance."""
+medians to Flax's default (in parentheses the quartiles of the ratios of single rounds); less is faster.
+Freed memory stays with the process, so that no layer pays for page faults by chance."""
 GROWTH = """\
 Forward + backward of one layer, float32, x of [n, 56, 56, 64]: nanoseconds per element, medians of
 {rounds} rounds."""

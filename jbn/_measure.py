@@ -98,12 +98,12 @@ def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...], guess: Ar
 
     def about_guess(guess: Array) -> Sums:
         """About the guess where it lies within a deviation of the mean, in every channel; else about rows."""
-        near_by = jnp.where(jnp.isfinite(guess), jnp.real(guess), 0).astype(wide(x.dtype))
+        guess = jnp.where(jnp.isfinite(guess), jnp.real(guess), 0).astype(wide(x.dtype))
         shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
-        near_by = lax.stop_gradient(sharded_like(jnp.broadcast_to(near_by, shape), x))
-        sums = about(near_by)
-        rows = sharded_like(jnp.broadcast_to(total, near_by.shape), near_by)
-        shift = jnp.where(rows > 0, near_by, jnp.zeros_like(near_by))
+        guess = lax.stop_gradient(sharded_like(jnp.broadcast_to(guess, shape), x))
+        sums = about(guess)
+        rows = sharded_like(jnp.broadcast_to(total, guess.shape), guess)
+        shift = jnp.where(rows > 0, guess, jnp.zeros_like(guess))
         sums = sums._replace(shift=shift + jnp.zeros_like(sums.rest))  # as varying over devices as the rest
         near_it = jnp.all(sums.rest * sums.rest <= sums.var)  # what has overflowed is not
         return Sums(*lax.cond(near_it, lambda: sums, about_rows))
@@ -220,7 +220,7 @@ def inverse_deviation(var: Float[Array, "..."], epsilon: float) -> Float[Array, 
     """1 / sqrt(var + epsilon), and 0 where both are 0: a constant channel then turns into bias, not NaN."""
     square = var + np.asarray(epsilon, var.dtype)
     if epsilon >= jnp.finfo(var.dtype).tiny:
-        return lax.rsqrt(square)  # of what is never 0
+        return lax.rsqrt(square)  # var is not negative: there is no 0
     positive = square != 0
     return jnp.where(
         positive, lax.rsqrt(jnp.where(positive, square, jnp.ones_like(square))), jnp.zeros_like(var)

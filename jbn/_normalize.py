@@ -103,6 +103,7 @@ def _normalize_jvp(
     tangent_sums = checkpoint(functools.partial(_tangent_sums, config))
     tangent_of = checkpoint(functools.partial(_tangent, config))
     local = tangent_sums(inputs.x, inputs.weights, measured, tangent.x)
+    # What was known when x was measured is an array in `measured`; it is known here too.
     rows = known_rows(inputs.x, inputs.weights, config.reduction.axes)
     total = measured.total if rows is None else measured.total.dtype.type(rows * config.reduction.size)
     means = expectations(local, total, config.reduction)

@@ -1,6 +1,8 @@
 """How running statistics remember: the update rule."""
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +17,8 @@ from jbn._moments import Moments, merge
 from jbn._options import check_counters
 from jbn._scalars import check_momentum, check_static
 from jbn._types import BatchStats, describe, sharded_like, wide, working
+
+_SMALLEST = float(np.finfo(np.float32).tiny)  # share of a value that is not 0: below, XLA flushes to 0
 
 MANY = 2**30
 """From so many updates on a count stands for updates without end: i32 has room for as many more."""
@@ -81,17 +85,21 @@ def remember(
 ) -> BatchStats:
     """`update` for the channels where `seen`; the others keep their statistics. None is all channels."""
     # Both shares are rounded once: 1 - momentum taken in float32 would be off by 6e-6 of itself at 0.99.
-    shares = None if momentum is None else (momentum, 1 - momentum)
-    run = _remember_by_numbers if isinstance(momentum, float | int) else _remember_by_arrays
-    new_stats: BatchStats = run(batch_stats, moments, shares, seen, unbiased, skip_nonfinite)
+    shares: Any = None if momentum is None else (momentum, 1 - momentum)
+    known = isinstance(momentum, float | int)
+    if known:  # while tracing, which one is 0; the values stay arguments, or each would be compiled
+        shares = tuple(share if share >= _SMALLEST else None for share in shares)
+    new_stats: BatchStats = _remember(batch_stats, moments, shares, seen, known, unbiased, skip_nonfinite)
     return new_stats
 
 
+@functools.partial(jax.jit, static_argnames=("known", "unbiased", "skip_nonfinite"))
 def _remember(
     batch_stats: BatchStats,
     moments: Moments,
-    shares: tuple[float | Array, float | Array] | None,
+    shares: tuple[Array | None, ...] | None,
     seen: Bool[Array, "*C"] | None,
+    known: bool,
     unbiased: bool,
     skip_nonfinite: bool,
 ) -> BatchStats:
@@ -103,8 +111,8 @@ def _remember(
     if shares is None:
         mean, var = _cumulative(batch_stats, moments, unbiased)
     else:
-        mean = moving_average(batch_stats["mean"], moments.mean, shares)
-        var = moving_average(batch_stats["var"], _stored(moments, unbiased), shares)
+        mean = moving_average(batch_stats["mean"], moments.mean, shares, known=known)
+        var = moving_average(batch_stats["var"], _stored(moments, unbiased), shares, known=known)
     new = {"mean": mean, "var": var}
     rows, updates = moments.count, jnp.ones((), bool)
     if seen is not None:
@@ -119,11 +127,6 @@ def _remember(
         lambda path, old: _like(old, new[path[-1].key]), batch_stats
     )
     return result
-
-
-_CHOICES = ("unbiased", "skip_nonfinite")
-_remember_by_arrays = jax.jit(_remember, static_argnames=_CHOICES)
-_remember_by_numbers = jax.jit(_remember, static_argnames=("shares", *_CHOICES))  # constants of the program
 
 
 def _cumulative(batch_stats: BatchStats, moments: Moments, unbiased: bool) -> tuple[Array, Array]:
@@ -180,17 +183,21 @@ def without_end(count: Array) -> Array:
     return jnp.full_like(count, jnp.iinfo(count.dtype).max // 2 + 1)
 
 
-def moving_average(old: Array, new: Array, shares: tuple[float | Array, float | Array]) -> Array:
-    """keep * old + forget * new, for these shares, in float32 or wider."""
+def moving_average(
+    old: Array, new: Array, shares: Sequence[float | Array | None], *, known: bool = False
+) -> Array:
+    """keep * old + forget * new, for these shares, in float32 or wider; nothing of a value whose share is 0.
+
+    Where it is known which one is 0, and given as None, the compiler has nothing to select.
+    """
     dtype = working(old.dtype, new.dtype)
 
-    def part(share: float | Array, value: Array) -> Array:
-        """None of it where the share is 0, were it NaN or inf."""
-        if isinstance(share, float | int):
-            number = dtype.type(share)
-            return number * value if number else jnp.zeros_like(value)
+    def part(share: float | Array | None, value: Array) -> Array:
+        if share is None:
+            return jnp.zeros_like(value)
         share = jnp.asarray(share, dtype)
-        return jnp.where(share == 0, jnp.zeros_like(value), share * value)
+        # 0 times NaN or inf would be NaN.
+        return share * value if known else jnp.where(share == 0, jnp.zeros_like(value), share * value)
 
     keep, forget = shares
     return part(keep, old.astype(dtype)) + part(forget, new.astype(dtype))

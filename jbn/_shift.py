@@ -123,10 +123,12 @@ def weighted(values: Array, weights: Array | None) -> Array:
 
 
 def per_row(sums: Array, total: Total) -> Array:
-    """Sums over rows divided by their number, or total weight."""
-    if isinstance(total, np.floating):
+    """Sums over rows, or several such stacked, divided by the number or the total weight of the rows."""
+    if isinstance(total, np.floating):  # of rows, so that what is above 0 is no less than 1
         return jnp.divide(sums, max(total, total.dtype.type(1)).astype(sums.dtype))
-    divisor = jnp.expand_dims(or_one(total), range(sums.ndim - total.ndim)).astype(sums.dtype)
+    divisor = or_one(total).astype(sums.dtype)
+    if divisor.ndim < sums.ndim:
+        return jnp.divide(sums, divisor[None])
     return jnp.divide(sums, sharded_like(jnp.broadcast_to(divisor, sums.shape), sums))
 
 

@@ -19,8 +19,8 @@ BREAKS = {
     ),
     "x is normalized by the unbiased variance": Break(
         "jbn/_measure.py",
-        "_not_negative(second / divisor - rest * rest)",
-        "_not_negative(second / (divisor - 1) - rest * rest)",
+        "_not_negative(per_row(second, total) - rest * rest)",
+        "_not_negative(per_row(second, total - 1) - rest * rest)",
         "tests/test_forward.py",
     ),
     "epsilon is left out": Break(
@@ -55,8 +55,8 @@ BREAKS = {
     ),
     "the gradient forgets the other devices": Break(
         "jbn/_measure.py",
-        "return reduction.pmean(sums) / per_device",
-        "return sums / per_device",
+        "per_row(reduction.pmean(sums), total / reduction.size)",
+        "per_row(sums, total / reduction.size)",
         "tests/test_devices.py",
     ),
     "groups of devices are one batch": Break(

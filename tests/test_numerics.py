@@ -102,8 +102,10 @@ def test_a_constant_channel_is_exactly_bias(shape, value, masked):
     np.testing.assert_array_equal(y, np.full(shape, 0.3, np.float32))
 
 
-def test_a_constant_channel_without_epsilon_is_exactly_bias():
-    y, _ = jbn.batch_norm(None, None, np.full((8, 2), 5, np.float32), use_running_average=False, epsilon=0.0)
+@pytest.mark.parametrize("epsilon", [0.0, 1e-45], ids=["none", "too small for float32"])
+def test_a_constant_channel_without_epsilon_is_exactly_bias(epsilon):
+    x = np.full((8, 2), 5, np.float32)
+    y, _ = jbn.batch_norm(None, None, x, use_running_average=False, epsilon=epsilon)
     np.testing.assert_array_equal(y, np.zeros((8, 2), np.float32))
 
 

@@ -103,6 +103,32 @@ def test_one_value_known_at_run_time_is_bias_and_updates_nothing():
     assert float(new["var"][0]) == 1.0
 
 
+@pytest.mark.parametrize("momentum", [0, 0.0, 1e-40, 1e-50, np.float32(0)], ids=repr)
+def test_nothing_of_the_old_is_in_the_new_where_its_share_is_0(momentum):
+    lost = {name: np.array([np.nan, np.inf], np.float32) for name in ("mean", "var")}
+    new = train(lost, np.array([[1, 2], [3, 6]], np.float32), momentum=momentum)
+    assert_close(new["mean"], [2, 4], tolerance(np.float32))
+    assert_close(new["var"], [1, 4], tolerance(np.float32))
+
+
+def test_nothing_of_the_batch_is_in_the_new_where_its_share_is_0():
+    for momentum in (1, 1.0, np.float32(1)):
+        new = train(jbn.init(1)[1], rows(1, np.nan), momentum=momentum)
+        assert [float(new["mean"][0]), float(new["var"][0])] == [0, 1]
+
+
+def test_another_momentum_compiles_nothing(caplog):
+    """Outside of jit, where a schedule may be made of numbers."""
+    x, stats = rows(1, 2, 3), jbn.init(1)[1]
+    step = jax.value_and_grad(
+        lambda x, m: jnp.sum(jbn.batch_norm(None, stats, x, use_running_average=False, momentum=m)[0])
+    )
+    step(x, 0.9)
+    with jax.log_compiles(True):
+        step(x, 0.8)
+    assert not caplog.records
+
+
 def test_weights_that_sum_to_one_are_a_whole_batch():
     weights = np.full(4, 0.25, np.float32)
     new = train(jbn.init(1)[1], rows(1, 2, 3, 4), mask=weights, momentum=0.0)
