@@ -1,5 +1,7 @@
 """The benchmarks: all contestants compute the same, passes are counted right, and the command runs."""
 
+import functools
+import itertools
 import os
 import pathlib
 import subprocess
@@ -110,3 +112,13 @@ def test_one_section_is_replaced_and_the_others_stay():
 
 def test_a_ratio_is_that_of_the_medians():
     assert timing.ratio({"a": [1.0, 2.0, 9.0], "b": [2.0, 4.0, 4.0]}, "a", "b")[0] == 0.5
+
+
+def test_every_round_runs_each_once_and_none_always_behind_the_same():
+    ran = []
+    names = "abcd"
+    times = timing.interleaved({name: functools.partial(ran.append, name) for name in names}, 20, before=1)
+    assert all(len(seconds) == 20 for seconds in times.values())
+    assert all(sorted(ran[i : i + 4]) == list(names) for i in range(0, len(ran), 4))
+    before = {ahead for ahead, name in itertools.pairwise(ran) if name == "a"}
+    assert before >= set("bcd")
