@@ -8,21 +8,22 @@ from benchmarks import timing
 from benchmarks.tables import Table
 
 SHAPES = ((32, 28, 28, 256), (32, 56, 56, 64), (64, 7, 7, 2048), (8192, 1024))
-ROUNDS = 40
+ROUNDS = 100
+MANY = 256  # megabytes, from which on a few rounds take long enough
 BASE = "Flax"
 ABOUT = """\
 Forward + backward of one layer in training, {rounds} rounds, all interleaved in one process. Ratio of the
 medians to Flax's default (in parentheses the quartiles of the ratios of single rounds); less is faster.
 Freed memory stays with the process, so that no layer pays for page faults by chance."""
 GROWTH = """\
-Forward + backward of one layer, float32, x of [n, 56, 56, 64]: nanoseconds per element, medians of
-{rounds} rounds."""
+Forward + backward of one layer, float32, x of [n, 56, 56, 64]: nanoseconds per element, medians of {rounds}
+rounds, of more the smaller x is below {many} MB."""
 
 
 def tables(quick=False):
     rounds = 3 if quick else ROUNDS
     shapes = ((32, 14, 14, 64),) if quick else SHAPES
-    return [ratios(shapes, rounds), growth((1, 4) if quick else (1, 8, 64, 256, 1024), 3 if quick else 7)]
+    return [ratios(shapes, rounds), growth((1, 4) if quick else (1, 8, 64, 256, 1024), 1 if quick else 7)]
 
 
 def ratios(shapes, rounds):
@@ -97,8 +98,8 @@ def growth(megabytes, rounds):
         shape = (math.ceil(size * 1e6 / (56 * 56 * 64 * 4)), 56, 56, 64)
         elements, cells = math.prod(shape), []
         for name in names:  # one by one: the largest are some gigabytes each
-            times = timing.interleaved(runs(shape, "float32", name), rounds, before=1)
+            times = timing.interleaved(runs(shape, "float32", name), rounds * max(1, MANY // size), before=1)
             cells.append(1e9 * median(times[name]) / elements)
         arrays.cache_clear()
         rows.append([f"{4e-6 * elements:.1f} MB", *cells])
-    return Table("Time per element", GROWTH.format(rounds=rounds), ["x", *names], rows)
+    return Table("Time per element", GROWTH.format(rounds=rounds, many=MANY), ["x", *names], rows)
