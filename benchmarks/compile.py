@@ -1,5 +1,6 @@
 """How long it takes to trace and compile many layers, and that it is linear in their number."""
 
+import functools
 from statistics import median
 
 from benchmarks import timing
@@ -13,12 +14,12 @@ to compile, and both, medians of {rounds} rounds, interleaved in one process. Ra
 to Flax's default (in parentheses the quartiles of the ratios of single rounds)."""
 GROWTH = """\
 Seconds to trace, lower and compile so many blocks, and milliseconds per block; medians of {rounds}
-rounds."""
+rounds, interleaved."""
 
 
 def tables(quick=False):
     layers, rounds = (6, 2) if quick else (LAYERS, ROUNDS)
-    return [compared(layers, rounds), growth((2, 4) if quick else (15, 30, 60, 120), 2 if quick else 3)]
+    return [compared(layers, rounds), growth((2, 4) if quick else (15, 30, 60, 120), 2 if quick else 7)]
 
 
 def compared(layers, rounds):
@@ -48,9 +49,15 @@ def growth(numbers, rounds):
     rows = []
     for layers in numbers:
         rows.append([layers])
+        found = {name: [] for name in names}
+
+        def run(name, found=found, layers=layers):
+            found[name].append(sum(seconds(contestants.named(name), layers)))
+
+        timing.interleaved({name: functools.partial(run, name) for name in names}, rounds, before=1)
         for name in names:
-            found = [sum(seconds(contestants.named(name), layers)) for _ in range(rounds)]
-            rows[-1] += [median(found), 1e3 * median(found) / layers]
+            middle = median(found[name][1:])
+            rows[-1] += [middle, 1e3 * middle / layers]
     header = ["blocks", *(text for name in names for text in (f"{name}, s", f"{name}, ms per block"))]
     return Table("Compile time by number of blocks", GROWTH.format(rounds=rounds), header, rows)
 

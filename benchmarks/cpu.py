@@ -17,7 +17,7 @@ medians to Flax's default (in parentheses the quartiles of the ratios of single 
 Freed memory stays with the process, so that no layer pays for page faults by chance."""
 GROWTH = """\
 Forward + backward of one layer, float32, x of [n, 56, 56, 64]: nanoseconds per element, medians of {rounds}
-rounds, of more the smaller x is below {many} MB."""
+rounds from {many} MB on, and of as many more as x is smaller."""
 
 
 def tables(quick=False):

@@ -18,8 +18,6 @@ from jbn._options import check_counters
 from jbn._scalars import check_momentum, check_static
 from jbn._types import BatchStats, describe, sharded_like, wide, working
 
-_SMALLEST = float(np.finfo(np.float32).tiny)  # share of a value that is not 0: below, XLA flushes to 0
-
 MANY = 2**30
 """From so many updates on a count stands for updates without end: i32 has room for as many more."""
 
@@ -87,8 +85,9 @@ def remember(
     # Both shares are rounded once: 1 - momentum taken in float32 would be off by 6e-6 of itself at 0.99.
     shares: Any = None if momentum is None else (momentum, 1 - momentum)
     known = isinstance(momentum, float | int)
-    if known:  # while tracing, which one is 0; the values stay arguments, or each would be compiled
-        shares = tuple(share if share >= _SMALLEST else None for share in shares)
+    if known:  # which one is 0; the values stay arguments: as constants, each would be compiled
+        least = jnp.finfo(wide(batch_stats["var"].dtype, moments.var.dtype)).tiny  # below, XLA flushes to 0
+        shares = tuple(share if share >= least else None for share in shares)
     new_stats: BatchStats = _remember(batch_stats, moments, shares, seen, known, unbiased, skip_nonfinite)
     return new_stats
 

@@ -124,7 +124,7 @@ def weighted(values: Array, weights: Array | None) -> Array:
 
 def per_row(sums: Array, total: Total) -> Array:
     """Sums over rows, or several such stacked, divided by the number or the total weight of the rows."""
-    if isinstance(total, np.floating):  # of rows, so that what is above 0 is no less than 1
+    if isinstance(total, np.floating):  # 0 or at least 1, being a number of rows
         return jnp.divide(sums, max(total, total.dtype.type(1)).astype(sums.dtype))
     divisor = or_one(total).astype(sums.dtype)
     if divisor.ndim < sums.ndim:
