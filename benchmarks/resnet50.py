@@ -10,8 +10,8 @@ Flax's default. `relu inside` is jbn with activation and residual in the layer."
 HOW = {
     "H100": "read and written outside of the convolutions",
     "TPU v5e": "XLA's own estimate, convolutions included, since XLA fuses them with their neighbours there, "
-    "and without jbn's second pass where the running mean is far off, a branch; other layers, each some minutes "
-    "to compile, are left out",
+    "and without jbn's second pass where the running mean is far off, a branch; other layers, each some "
+    "minutes to compile, are left out",
 }
 DTYPES = ("bfloat16", "float32")
 BASE = "Flax"
