@@ -1,6 +1,8 @@
 """How long it takes to trace and compile many layers, and that it is linear in their number."""
 
 import functools
+import gc
+import time
 from statistics import median
 
 from benchmarks import timing
@@ -25,18 +27,11 @@ def tables(quick=False):
 def compared(layers, rounds):
     from benchmarks import contestants
 
-    parts = {}
-
-    def run(contestant):
-        parts.setdefault(contestant.name, []).append(seconds(contestant, layers))
-
-    every = contestants.installed(inside=True)
-    times = timing.interleaved({one.name: lambda one=one: run(one) for one in every}, rounds, before=1)
+    parts = interleaved(contestants.installed(inside=True), layers, rounds)
+    both = {name: [sum(pair) for pair in found] for name, found in parts.items()}
     rows = []
-    for name in times:
-        lowering, compiling = zip(*parts[name][1:], strict=True)
-        both = {key: [sum(pair) for pair in found[1:]] for key, found in parts.items()}
-        cells = [median(values) for values in (lowering, compiling, both[name])]
+    for name, found in parts.items():
+        cells = [median(values) for values in (*zip(*found, strict=True), both[name])]
         rows.append([name, *cells, timing.shown(timing.ratio(both, name, "Flax"))])
     header = ["layer", "trace and lower, s", "compile, s", "both, s", "ratio to Flax"]
     return Table("Compile time", ABOUT.format(layers=layers, rounds=rounds), header, rows)
@@ -45,28 +40,30 @@ def compared(layers, rounds):
 def growth(numbers, rounds):
     from benchmarks import contestants
 
-    names = [name for name in ("jbn", "Flax") if contestants.named(name).installed()]
+    every = [one for one in map(contestants.named, ("jbn", "Flax")) if one.installed()]
     rows = []
     for layers in numbers:
         rows.append([layers])
-        found = {name: [] for name in names}
-
-        def run(name, found=found, layers=layers):
-            found[name].append(sum(seconds(contestants.named(name), layers)))
-
-        timing.interleaved({name: functools.partial(run, name) for name in names}, rounds, before=1)
-        for name in names:
-            middle = median(found[name][1:])
+        for found in interleaved(every, layers, rounds).values():
+            middle = median(map(sum, found))
             rows[-1] += [middle, 1e3 * middle / layers]
-    header = ["blocks", *(text for name in names for text in (f"{name}, s", f"{name}, ms per block"))]
+    header = ["blocks", *(text for one in every for text in (f"{one.name}, s", f"{one.name}, ms per block"))]
     return Table("Compile time by number of blocks", GROWTH.format(rounds=rounds), header, rows)
+
+
+def interleaved(every, layers, rounds):
+    """{name: seconds to trace and lower, and to compile, in every round}."""
+    parts = {one.name: [] for one in every}
+
+    def run(contestant):
+        parts[contestant.name].append(seconds(contestant, layers))
+
+    timing.interleaved({one.name: functools.partial(run, one) for one in every}, rounds, before=1)
+    return {name: found[1:] for name, found in parts.items()}
 
 
 def seconds(contestant, layers):
     """To trace and lower, and to compile; nothing is remembered from an earlier call."""
-    import gc
-    import time
-
     import jax
     import jax.numpy as jnp
 
