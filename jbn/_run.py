@@ -75,7 +75,9 @@ def run(
     moments = to_moments(measured, axes)
     if batch_stats is None:
         return y, batch_stats, moments
-    rows = known_rows(x, weights, axes)  # several, and each channel is known to have a variance
+    rows = known_rows(
+        x, weights, axes
+    )  # if it is several, each channel has a variance: none has to be left out
     seen = None if rows is not None and rows * size > 1 else lax.squeeze(measured.values > 1, axes)
     # Any: of the type of batch_stats
     new_stats: Any = remember(
