@@ -1,10 +1,18 @@
 """The strictest JAX there is, on 8 simulated devices; set before anything makes an array."""
 
+import gc
+import os
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import pytest
+
+from tests.compiling import FAST_FLAGS
+
+# Before the first array: XLA reads its flags once. Whoever sets some finds the programs compiled as he asks.
+os.environ.setdefault("XLA_FLAGS", FAST_FLAGS)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -14,10 +22,29 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # an example imports the files beside it
 
 
+def pytest_collection_finish():
+    """What importing made stays: the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _eight_devices():
     """A test of many devices on one device would pass and prove nothing."""
     assert jax.device_count() == 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_was_compiled():
+    """A file's programs are of no use to the next one, and keep gigabytes."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _count_traces_anew():
+    """chex knows functions by their source, which the cases of a test share."""
+    chex.clear_trace_counter()
 
 
 @pytest.fixture

@@ -12,11 +12,6 @@ from jax.sharding import PartitionSpec as P
 import jbn
 from tests.cases import assert_close
 
-# Programs of four derivatives are long and run once: what they compute is tested, not how fast.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
-
 TOLERANCE = 2.0**-40  # float64 has 52 bits; four derivatives, each a sum of products, may lose twelve
 ROWS, C, EPSILON = 6, 2, 0.1
 MASKS = {
@@ -96,6 +91,6 @@ def loss(y):
 
 
 def assert_equal(derivatives, ours, reference):
-    found, expected = (jit(derivatives, static_argnums=0)(f, *point()) for f in (ours, reference))
+    found, expected = (jax.jit(derivatives, static_argnums=0)(f, *point()) for f in (ours, reference))
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, TOLERANCE)

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from tests.cases import assert_close
+from tests.compiling import optimized
 from tests.synchronising import COTANGENT, PARAMS, TOLERANCE, X, both, core, gradients, mesh
 
 
@@ -28,7 +29,7 @@ def compiled(kind, function, *split):
     mapped = jax.shard_map(
         local, mesh=mesh(), in_specs=P("data"), out_specs=P("data"), check_vma=kind == "shard_map"
     )
-    return jax.jit(mapped).lower(whole, *split).compile().as_text()
+    return optimized(mapped).lower(whole, *split).compile().as_text()
 
 
 def collectives(program):
@@ -65,7 +66,7 @@ def test_the_gradients_of_shared_parameters_cost_no_further_all_reduce():
         in_specs=(P(), P("data"), P("data")),
         out_specs=(P("data"), P(), (P(), P("data"))),
     )
-    assert collectives(jax.jit(run).lower(PARAMS, X, COTANGENT).compile().as_text()) == ["all-reduce"] * 2
+    assert collectives(optimized(run).lower(PARAMS, X, COTANGENT).compile().as_text()) == ["all-reduce"] * 2
 
 
 @pytest.mark.parametrize("shape", [(64, 8, 8, 4), (4096, 4)])
@@ -73,8 +74,8 @@ def test_the_gradients_of_shared_parameters_cost_no_further_all_reduce():
 def test_jit_of_a_sharded_batch_needs_one_more_for_the_shift(shape, dtype):
     x = jax.device_put(jnp.zeros(shape, dtype), jax.NamedSharding(mesh(), P("data")))
     run = functools.partial(core, axis_name=None)
-    assert collectives(jax.jit(run).lower(PARAMS, x).compile().as_text()) == ["all-reduce"] * 2
-    with_gradients = jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(run(params, x)[0])), (0, 1)))
+    assert collectives(optimized(run).lower(PARAMS, x).compile().as_text()) == ["all-reduce"] * 2
+    with_gradients = optimized(jax.grad(lambda params, x: jnp.sum(jnp.sin(run(params, x)[0])), (0, 1)))
     assert collectives(with_gradients.lower(PARAMS, x).compile().as_text()) == ["all-reduce"] * 3
 
 
@@ -93,7 +94,7 @@ def test_jit_of_a_sharded_batch_needs_one_more_for_the_shift(shape, dtype):
 def test_jit_gathers_nothing_and_sums_whole_channels(shape, cut):
     x = jax.device_put(jnp.zeros(shape, jnp.bfloat16), jax.NamedSharding(mesh(), cut))
     run = functools.partial(core, axis_name=None)
-    with_gradients = jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(run(params, x)[0])), (0, 1)))
+    with_gradients = optimized(jax.grad(lambda params, x: jnp.sum(jnp.sin(run(params, x)[0])), (0, 1)))
     program = with_gradients.lower(PARAMS, x).compile().as_text()
     assert "all-gather" not in collectives(program)
     assert not re.search(r"c64\S* all-reduce", program)
@@ -104,7 +105,7 @@ def test_explicit_axes_gather_nothing(dtype):
     explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     x = jax.device_put(jnp.zeros((64, 8, 8, 4), dtype), jax.NamedSharding(explicit, P("data")))
     run = functools.partial(core, axis_name=None)
-    with_gradients = jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(run(params, x)[0])), (0, 1)))
+    with_gradients = optimized(jax.grad(lambda params, x: jnp.sum(jnp.sin(run(params, x)[0])), (0, 1)))
     assert set(collectives(with_gradients.lower(PARAMS, x).compile().as_text())) == {"all-reduce"}
 
 

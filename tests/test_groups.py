@@ -32,11 +32,20 @@ def alone(params, x, mask=None, **settings):
 @pytest.mark.parametrize("size", [1, 2, 4, 12])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
 def test_each_group_is_a_batch_and_the_whole_is_remembered(door, size, mask):
-    y, new = door(PARAMS, STATS, X, momentum=0.9, virtual_batch_size=size, mask=mask)
-    parts = [slice(first, first + size) for first in range(0, 12, size)]
-    expected = [alone(PARAMS, X[part], None if mask is None else mask[part]) for part in parts]
-    assert_close(y, np.concatenate(expected), TOLERANCE, where=None if mask is None else mask[..., None])
-    assert_trees_close(new, door(PARAMS, STATS, X, momentum=0.9, mask=mask)[1], TOLERANCE)
+    @jax.jit
+    def grouped_and_by_hand():
+        grouped = door(PARAMS, STATS, X, momentum=0.9, virtual_batch_size=size, mask=mask)
+        apart = (
+            jnp.reshape(array, (12 // size, size, *array.shape[1:]))
+            for array in (X, mask)
+            if array is not None
+        )
+        by_hand = jax.vmap(functools.partial(alone, PARAMS))(*apart)
+        return grouped, by_hand.reshape(X.shape), door(PARAMS, STATS, X, momentum=0.9, mask=mask)[1]
+
+    (y, new), expected, whole = grouped_and_by_hand()
+    assert_close(y, expected, TOLERANCE, where=None if mask is None else mask[..., None])
+    assert_trees_close(new, whole, TOLERANCE)
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
@@ -50,7 +59,10 @@ def test_gradients_are_those_of_the_groups(mask):
         return jnp.concatenate([alone(params, x, m) for x, m in zip(jnp.split(x, 3), masks, strict=True)])
 
     params = jax.tree.map(jnp.asarray, PARAMS)
-    found, expected = (jax.vjp(f, params, X)[1](COTANGENT) for f in (ours, by_hand))
+    found, expected = (
+        jax.jit(lambda params, x, f=f: jax.vjp(f, params, x)[1](COTANGENT))(params, X)
+        for f in (ours, by_hand)
+    )
     assert_trees_close(found, expected, TOLERANCE)
 
 
@@ -65,18 +77,21 @@ def test_every_shape_axis_dtype_and_mask(case):
     batch = axes[0]
     size = x.shape[batch] // 2
     settings = case.settings | {"use_running_average": False}
-    y, new = jbn.batch_norm(
-        case.make_params(), case.make_batch_stats(), x, virtual_batch_size=size, **settings
-    )
+    params, stats = case.make_params(), case.make_batch_stats()
     full = None if mask is None else np.broadcast_to(case.weights(), x.shape).astype(np.float32)
-    halves = []
-    for part in np.split(np.arange(2 * size), 2):
-        options = settings | {"mask": None if full is None else np.take(full, part, batch)}
-        halves.append(jbn.batch_norm(case.make_params(), None, np.take(x, part, batch), **options)[0])
-    used = None if mask is None else case.weights() > 0
+
+    @jax.jit
+    def grouped_and_by_hand(x):
+        grouped = jbn.batch_norm(params, stats, x, virtual_batch_size=size, **settings)
+        halves = []
+        for part in np.split(np.arange(2 * size), 2):
+            options = settings | {"mask": None if full is None else np.take(full, part, batch)}
+            halves.append(jbn.batch_norm(params, None, jnp.take(x, part, batch), **options)[0])
+        return grouped, jnp.concatenate(halves, batch), jbn.batch_norm(params, stats, x, **settings)[1]
+
+    (y, new), expected, whole = grouped_and_by_hand(x)
     assert y.dtype == x.dtype
-    assert_close(y, np.concatenate(halves, batch), tolerance(case.dtype), where=used)
-    _, whole = jbn.batch_norm(case.make_params(), case.make_batch_stats(), x, **settings)
+    assert_close(y, expected, tolerance(case.dtype), where=None if mask is None else case.weights() > 0)
     assert_trees_close(new, whole, TOLERANCE)
 
 

@@ -21,7 +21,6 @@ from tests.derivatives import (
     TOLERANCE,
     C,
     assert_equal,
-    jit,
     loss,
     modes,
     pair,
@@ -103,7 +102,7 @@ def test_four_orders_of_two_rows_are_the_closed_form(mode):
     functions = [y]
     for derive in (jax.grad, jax.grad, jax.jacfwd, jax.grad):
         functions.append(derive(functions[-1]))
-    assert_close(jit(lambda d: jnp.stack([f(d) for f in functions]))(d), np.array(expected), TOLERANCE)
+    assert_close(jax.jit(lambda d: jnp.stack([f(d) for f in functions]))(d), np.array(expected), TOLERANCE)
 
 
 @pytest.mark.parametrize("mode", ["one device", "vmap"])
@@ -116,7 +115,7 @@ def test_a_constant_channel_has_the_closed_forms_curvature(mode):
         lambda y: jax.hessian(loss(y))(z),
         lambda y: jax.jacfwd(lambda z: jax.jvp(y, (z,), (v,))[1])(z),
     ):
-        assert_close(jit(f, static_argnums=0)(ours), jit(f, static_argnums=0)(reference), TOLERANCE)
+        assert_close(jax.jit(f, static_argnums=0)(ours), jax.jit(f, static_argnums=0)(reference), TOLERANCE)
 
 
 @pytest.mark.parametrize("axis_name", [None, "data"])
@@ -130,8 +129,8 @@ def test_the_variance_of_moments_is_a_quadratic_form(axis_name):
             return measure(x[:, None]).var[0]
         return jax.vmap(measure, axis_name=axis_name)(x.reshape(2, -1, 1)).var[0, 0]
 
-    assert_close(jit(jax.hessian(var))(x), 2 * (np.eye(ROWS) - 1 / ROWS) / ROWS, TOLERANCE)
-    assert_close(jit(jax.jacrev(jax.hessian(var)))(x), np.zeros((ROWS,) * 3), TOLERANCE)
+    assert_close(jax.jit(jax.hessian(var))(x), 2 * (np.eye(ROWS) - 1 / ROWS) / ROWS, TOLERANCE)
+    assert_close(jax.jit(jax.jacrev(jax.hessian(var)))(x), np.zeros((ROWS,) * 3), TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["vmap", "pmap", "shard_map", "unchecked"])
@@ -173,7 +172,7 @@ def test_second_derivatives_in_evaluation():
     """y is linear in x, and in scale: of both together there is one, the deviation's inverse."""
     z, _ = point()
     x, params = z[: ROWS * C].reshape(ROWS, C), {"scale": np.array([0.7, 1.3]), "bias": np.array([0.2, -0.4])}
-    second = jit(jax.hessian(evaluation, argnums=(0, 1)))(params, x)
+    second = jax.jit(jax.hessian(evaluation, argnums=(0, 1)))(params, x)
     np.testing.assert_array_equal(second[1][1], np.zeros((ROWS, C) * 3))
     np.testing.assert_array_equal(second[0]["scale"][0]["scale"], np.zeros((ROWS, C, C, C)))
     mixed = np.zeros((ROWS, C, C, ROWS, C))

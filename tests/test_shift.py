@@ -1,12 +1,14 @@
 """The rows whose mean is the shift: enough of them, spread over the batch, and exact where they are equal."""
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jbn
 from jbn._shift import _some_rows, near
+from tests.compiling import optimized
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def test_they_are_spread_over_the_batch():
 def test_equal_rows_have_exactly_their_value(value, dtype):
     """32 times 0.1, added one by one, is no multiple of it any more."""
     x = jnp.full((96, 3), value, dtype)
-    shift = jax.jit(lambda x: near(x, None, (0,), jnp.ones((1, 1))))(x)
+    shift = optimized(lambda x: near(x, None, (0,), jnp.ones((1, 1))))(x)
     np.testing.assert_array_equal(shift, x[:1].astype(np.float32))
 
 
@@ -50,9 +52,8 @@ def test_rows_that_are_nearly_equal_have_a_shift_near_them():
 @pytest.mark.parametrize("value", [1e-30, 1e30, 1e38, 3e38, -3e38])
 def test_no_constant_is_too_large_or_small(value):
     x = jnp.full((96, 3), value, jnp.float32)
-    y, new = jbn.batch_norm(
-        None, {"mean": jnp.zeros(3), "var": jnp.ones(3)}, x, use_running_average=False, momentum=0.0
-    )
+    step = optimized(functools.partial(jbn.batch_norm, use_running_average=False, momentum=0.0))
+    y, new = step(None, {"mean": jnp.zeros(3), "var": jnp.ones(3)}, x)
     np.testing.assert_array_equal(y, 0)
     np.testing.assert_array_equal(new["mean"], np.float32(value))
     np.testing.assert_array_equal(new["var"], 0)
@@ -62,7 +63,7 @@ def test_no_constant_is_too_large_or_small(value):
 def test_a_first_row_far_out_is_one_of_many(location, first, spread):
     x = np.random.default_rng(0).normal(location, spread, (100_000, 4)).astype(np.float32)
     x[0] = location + first
-    var = np.asarray(jbn.moments(x).var, np.float64)
+    var = np.asarray(optimized(jbn.moments)(x).var, np.float64)
     assert np.abs(var / x.astype(np.float64).var(0) - 1).max() < 1e-6
 
 

@@ -10,17 +10,18 @@ from jax.sharding import PartitionSpec as P
 import jbn
 from jbn import _sums
 from tests.cases import assert_close, assert_trees_close, tolerance
+from tests.compiling import optimized
 
 TOLERANCE = tolerance(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
     """Where there are several, jit may have sharded x: only axes are cut that all of them could share."""
     jax.clear_caches()
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    yield
-    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
 
 
 # Shape, axes that are summed over, and along which of them how many pairs are added first.
@@ -74,9 +75,14 @@ def test_a_line_and_its_transpose(shape, axes, pairs):
     constant, slope = arrays(per_channel, 2)
     offset, cotangent = arrays(shape, 2)
     x = jnp.zeros(shape, jnp.bfloat16)
-    y, pullback = jax.vjp(lambda a, b, o: _sums.spread(x, a, b, o, axes), constant, slope, offset)
+
+    @jax.jit
+    def both(*arguments):
+        y, pullback = jax.vjp(lambda a, b, o: _sums.spread(x, a, b, o, axes), *arguments)
+        return y, pullback(jnp.asarray(cotangent))
+
+    y, back = both(constant, slope, offset)
     assert_close(y, constant + slope * offset, TOLERANCE)
-    back = jax.jit(pullback)(cotangent)
     exact = [np.sum(np.float64(v), axes, keepdims=True) for v in (cotangent, cotangent * offset)]
     assert_trees_close(back, (*exact, slope * cotangent), TOLERANCE)
 
@@ -95,8 +101,8 @@ def test_parameters_per_example(varying):
     def loss(params, x):
         return jnp.sum(jnp.sin(jbn.batch_norm(params, None, x, use_running_average=False)[0]))
 
-    found = jax.grad(loss)(params, jnp.asarray(x))
-    expected = jax.grad(loss)(params, jnp.asarray(x, jnp.float32))
+    gradient = jax.jit(jax.grad(loss))
+    found, expected = (gradient(params, jnp.asarray(x, dtype)) for dtype in (jnp.bfloat16, jnp.float32))
     assert_trees_close(found, expected, tolerance(jnp.bfloat16))
 
 
@@ -113,7 +119,7 @@ def test_no_bfloat16_is_stored_as_float32(shape):
         y, pullback, new = jax.vjp(run, params, x, has_aux=True)
         return y, pullback(cotangent), new
 
-    compiled = jax.jit(step).lower(params, x, x).compile()
+    compiled = optimized(step).lower(params, x, x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * x.nbytes
 
 

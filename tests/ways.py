@@ -7,6 +7,7 @@ together: y and dx as one batch, the gradients of the parameters summed, the sta
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ def training(apply):
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A name, the sizes and names of the mapped axes, and how they are mapped."""
+    """A name, the sizes and names of the mapped axes, how they are mapped, and by which jit (not in pmap)."""
 
     name: str
     sizes: tuple[int, ...]
@@ -45,6 +46,7 @@ class Way:
     axes: tuple[str, ...] = ("data",)
     order: tuple[str, ...] | None = None
     spec: P | None = None
+    compile: Callable[..., Any] = jax.jit
 
     @property
     def devices(self):
@@ -65,7 +67,7 @@ class Way:
     def _vmap(self, step):
         for name in reversed(self.axes):
             step = jax.vmap(step, in_axes=(None, 0, 0, 0), axis_name=name)
-        return jax.jit(self._stacked(step))
+        return self.compile(self._stacked(step))
 
     def _pmap(self, step):
         """An argument that is None stays out: `pmap` would take the size of the axis from another array."""
@@ -90,7 +92,7 @@ class Way:
         run = jax.shard_map(
             inner, mesh=mesh, in_specs=(P(), split, split, split), out_specs=split, check_vma=False
         )
-        return jax.jit(self._stacked(run))
+        return self.compile(self._stacked(run))
 
     def _stacked(self, run):
         """Cuts the first axis of everything but the parameters, and puts the results together again."""
@@ -120,7 +122,7 @@ class Way:
             in_specs=(P(), split, split, split),
             out_specs=Result(split, split, P(), P()),
         )
-        return jax.jit(self._one_device(run))
+        return self.compile(self._one_device(run))
 
     def _unchecked(self, step):
         def summed(*arguments):
@@ -136,7 +138,7 @@ class Way:
             out_specs=Result(split, split, P(), split),
             check_vma=False,
         )
-        return jax.jit(run)
+        return self.compile(run)
 
     def _nested(self, step):
         """A shard_map over each axis, one within the other."""
@@ -157,7 +159,7 @@ class Way:
             in_specs=(P(), P(outer), P(outer), P(outer)),
             out_specs=Result(P(outer), P(outer), P(), P()),
         )
-        return jax.jit(self._one_device(run))
+        return self.compile(self._one_device(run))
 
     def _auto(self, step):
         return self._global(step, AxisType.Auto)
@@ -168,7 +170,7 @@ class Way:
     def _global(self, step, axis_type):
         """No axis_name: one program over arrays that are sharded."""
         mesh = self.mesh(axis_type)
-        run = jax.jit(self._one_device(functools.partial(step, axis_name=None)))
+        run = self.compile(self._one_device(functools.partial(step, axis_name=None)))
 
         def place(array):
             wanted = [name if size > 1 else None for name, size in zip(self.spec, array.shape, strict=False)]
