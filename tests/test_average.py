@@ -1,5 +1,8 @@
 """Averages of models over replicas and over time, and which of their parameters belong to batch norms."""
 
+import functools
+
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -193,9 +196,12 @@ def test_optax_holds_frozen_parameters_still():
     parts = {"trainable": optax.sgd(1.0), "frozen": optax.set_to_zero()}
     optimizer = optax.multi_transform(parts, jbn.tools.freeze(linen()))
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
-    for name, expected in (("dense", -1), ("scale_free", -1), ("normal", 0)):
-        for leaf in jax.tree.leaves(updates[name]):
-            np.testing.assert_array_equal(leaf, np.full(leaf.shape, expected, np.float32))
+    moved = {"dense": -1.0, "scale_free": -1.0, "normal": 0.0}
+    expected = {
+        name: jax.tree.map(functools.partial(np.full_like, fill_value=value), params[name])
+        for name, value in moved.items()
+    }
+    chex.assert_trees_all_equal(updates, expected, strict=True)
 
 
 def test_optax_freezes_batch_norms_of_an_nnx_model():

@@ -2,6 +2,7 @@
 
 import warnings
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def test_a_batch_that_is_masked_out():
     mask = np.zeros((64, 1), bool)
     assert np.isnan(train(nn.BatchNorm, X, mask)[1]["mean"]).all()
     y, new = train(jbn.linen.BatchNorm, X, mask)
-    assert np.isfinite(y).all()
+    chex.assert_tree_all_finite(y)
     np.testing.assert_array_equal(new["mean"], np.zeros(3, np.float32))
 
 

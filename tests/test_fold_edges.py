@@ -1,5 +1,6 @@
 """Folding where values are boxed, complex or at the root of a model: structure and dtypes stay."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,7 @@ def test_a_real_bias_stays_real_in_a_complex_model(use_bias):
     mean = variables["batch_stats"]["BatchNorm_0"]["mean"]
     variables["batch_stats"]["BatchNorm_0"]["mean"] = mean + 1j * mean[::-1]
     folded = fold_variables(variables, call=model.apply, x=x)
-    for old, new in zip(jax.tree.leaves(variables), jax.tree.leaves(folded), strict=True):
-        assert old.dtype == new.dtype
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, folded)
     assert_close(model.apply(folded, x), model.apply(variables, x), 1e-5)
 
 

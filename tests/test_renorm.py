@@ -2,6 +2,7 @@
 
 import os
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,7 +150,7 @@ def test_masked_rows_take_no_part():
         PARAMS, BATCH_STATS, x, use_running_average=False, mask=mask, renorm=jbn.Renorm(1.5, 0.5)
     )
     assert_close(y[:9], by_hand(PARAMS, X[:9], 1.5, 0.5), TOLERANCE)
-    assert np.isfinite(y).all()
+    chex.assert_tree_all_finite(y)
 
 
 def test_debiased_statistics_are_what_it_corrects_towards():
@@ -185,7 +186,7 @@ def test_without_a_variance_y_is_bias(valid):
 def test_a_running_variance_of_zero_is_no_division_by_zero():
     stats = BATCH_STATS | {"var": np.zeros(3, np.float32)}
     settings = {"use_running_average": False, "epsilon": 0.0, "renorm": jbn.Renorm(3.0, 5.0)}
-    assert np.isfinite(jbn.batch_norm(PARAMS, stats, X, **settings)[0]).all()
+    chex.assert_tree_all_finite(jbn.batch_norm(PARAMS, stats, X, **settings)[0])
 
 
 def test_keras_renormalizes_alike():

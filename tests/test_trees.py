@@ -1,5 +1,6 @@
 """What kind of tree goes into a tool comes out of it: dicts, frozen dicts, boxes with names of axes."""
 
+import chex
 import flax.linen as nn
 import jax
 import numpy as np
@@ -70,5 +71,5 @@ def test_the_kind_of_tree_stays(tool, kind):
     part = {"weight_decay_mask": "params", "freeze": "params", "merge_replicas": "batch_stats"}.get(tool)
     wanted = given[part] if part else given
     assert jax.tree.structure(result) == jax.tree.structure(wanted)
-    for found, expected in zip(*map(jax.tree.leaves, (result, TOOLS[tool](VARIABLES))), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    found, expected = (jax.tree.leaves(tree) for tree in (result, TOOLS[tool](VARIABLES)))
+    chex.assert_trees_all_equal(found, expected)
