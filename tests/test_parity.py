@@ -4,6 +4,7 @@ In each direction: what Flax trained is evaluated by ours, and what ours trained
 program per triple of dtypes computes all the other combinations, which keeps compilations few.
 """
 
+import functools
 import itertools
 
 import flax.linen as nn
@@ -44,16 +45,17 @@ def linen(kind, full, x, mask, train, axis, **settings):
     return y, new["batch_stats"]
 
 
+@functools.cache
+def made(kind, features, **settings):
+    """An NNX layer's definition and state: made outside of jit, where it is cheap."""
+    layer = kind(features, momentum=0.9, epsilon=1e-3, rngs=nnx.Rngs(0), **settings)
+    return nnx.split(layer)
+
+
 def in_nnx(kind, full, x, mask, train, axis, **settings):
-    layer = kind(
-        x.shape[axis],
-        use_running_average=not train,
-        axis=axis,
-        momentum=0.9,
-        epsilon=1e-3,
-        rngs=nnx.Rngs(0),
-        **settings,
-    )
+    with jax.ensure_compile_time_eval():
+        definition, state = made(kind, x.shape[axis], use_running_average=not train, axis=axis, **settings)
+    layer = nnx.merge(definition, state, copy=True)
     for name, value in (full["params"] | full["batch_stats"]).items():
         getattr(layer, name).set_value(value)
     y = layer(x, mask=mask)
