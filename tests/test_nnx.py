@@ -42,7 +42,7 @@ def test_parity_with_flax(case, train, flax_promotion):
     x = jnp.asarray(np.where(case.weights() > 0, case.make_x(), 0).astype(case.dtype))
     theirs, ours = (make(kind, case, use_running_average=not train) for kind in KINDS)
     mask = None if case.mask is None else jnp.asarray(case.weights() > 0)
-    y, our_y = (nnx.jit(lambda layer, x: layer(x, mask=mask))(layer, x) for layer in (theirs, ours))
+    y, our_y = nnx.jit(lambda *layers: [layer(x, mask=mask) for layer in layers])(theirs, ours)
     assert our_y.dtype == y.dtype
     assert_close(our_y, y, tolerance(np.float32 if train else case.dtype), where=case.weights() > 0)
     assert_trees_close(
