@@ -111,6 +111,7 @@ def test_the_answer_of_one_device(way, name):
     assert_same(way, core, name)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("way", ["shard_map", "jit, explicit axes, examples and features sharded"])
 def test_the_answer_of_one_device_where_channels_have_their_own_masks(way):
     assert_same(BY_NAME[way], core, "entries")

@@ -13,6 +13,8 @@ import jbn
 from tests import reference
 from tests.cases import REAL, assert_close, by_name, tolerance
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(**by_name(REAL))
 def test_gradients_in_training(case):

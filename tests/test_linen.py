@@ -42,6 +42,7 @@ def run(kind, case, x, mask, train):
     return initial, *layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("train", [True, False], ids=["train", "evaluate"])
 @pytest.mark.parametrize(**by_name([case for case in PARITY if case.mask != "weights"]))
 def test_parity_with_flax(case, train):

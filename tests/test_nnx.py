@@ -36,6 +36,7 @@ def make(kind, case, **settings):
     return layer
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("train", [True, False], ids=["train", "evaluate"])
 @pytest.mark.parametrize(**by_name([case for case in ONE_AXIS if case.mask != "weights"]))
 def test_parity_with_flax(case, train, flax_promotion):

@@ -14,6 +14,7 @@ from tests import reference
 from tests.cases import tolerance
 from tests.compiling import optimized
 
+pytestmark = pytest.mark.quick
 SHAPES = {"dense": (8192, 256), "image": (32, 14, 14, 64), "few rows": (16, 256)}
 
 
