@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +64,6 @@ def affine(
     other kernels, instead of storing it.
     """
     parts = [part for part in (offset, rest, var, scale, bias) if part is not None]
-    chex.assert_equal_rank(parts)
     kind = working(*(part.dtype for part in parts))
     factor = inverse_deviation(var, config.epsilon).astype(kind)
     if scale is not None:
