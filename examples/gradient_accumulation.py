@@ -62,7 +62,8 @@ def update_statistics(variables, moments):
     return jbn.tools.apply_moments(variables, moments, momentum=MOMENTUM)
 
 
-def main(steps: int = 200, seed: int = 0) -> None:
+def main(steps: int = 200, seed: int = 0) -> tuple[float, float]:
+    """Trains; returns the test accuracy, and how far the statistics are from those of whole batches."""
     train_set, test_set = load_splits(MNIST)
     variables = Net().init(jax.random.key(seed), train_set.images[:1], train=False)
     opt_state, expected = optimizer.init(variables["params"]), variables["batch_stats"]["pixels"]
@@ -79,12 +80,13 @@ def main(steps: int = 200, seed: int = 0) -> None:
     found = variables["batch_stats"]["pixels"]
     apart = max(float(jnp.abs(found[name] - expected[name]).max()) for name in expected)
     logits = Net().apply(variables, test_set.images, train=False)
-    result = jnp.mean(jnp.argmax(logits, axis=-1) == test_set.labels)
+    result = float(jnp.mean(jnp.argmax(logits, axis=-1) == test_set.labels))
     print(
         f"After {steps:,} updates, each from {PARTS} micro-batches of {BATCH_SIZE // PARTS}, the test"
         f" accuracy is {result:.4f}, and the running statistics of the pixels are those of whole batches of"
         f" {BATCH_SIZE}, to {apart:.0e}."
     )
+    return result, apart
 
 
 if __name__ == "__main__":

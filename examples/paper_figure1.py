@@ -100,7 +100,7 @@ def main(
     learning_rate: float = 0.5,
     spread: float = 0.03,
     output: Path = Path("runs/paper_figure1.png"),
-) -> None:
+) -> dict[str, History]:
     """Trains both nets, draws the figure and says what it shows.
 
     Args:
@@ -109,6 +109,9 @@ def main(
       learning_rate: of plain SGD, for both nets.
       spread: the standard deviation of the initial weights.
       output: where the picture goes.
+
+    Returns:
+      What was measured of each net.
     """
     train_set, test_set = load_splits(MNIST)
     rows = whole_batches(seed, len(train_set.labels), BATCH_SIZE, steps)
@@ -121,6 +124,7 @@ def main(
             histories[name] = train(net, optimizer, state, rows, train_set, test_set, bar)
     draw(histories, output)
     print(sentence(*histories.values()))
+    return histories
 
 
 def train(
