@@ -132,6 +132,7 @@ def test_processes_take_disjoint_parts_of_the_same_batch(data_dir):
     assert_same_bits(jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts), whole)
 
 
+@pytest.mark.training
 def test_a_padded_batch_trains_as_the_bare_one(data_dir):
     train, _ = idx.load_splits(data_dir)
     model, rows = models.Mlp(), np.arange(20, 26)

@@ -10,6 +10,7 @@ from mnist_options import Config
 from tests import mnist_runs
 from tests.mnist_runs import assert_same_bits, metrics, saved_state
 
+pytestmark = pytest.mark.training
 # pytest finds a fixture by its name in the file of the test.
 compile_once, data_dir, options = mnist_runs.compile_once, mnist_runs.data_dir, mnist_runs.options
 
