@@ -1,8 +1,9 @@
 """One process of several, or one of many devices: takes its part of a batch, writes what it got to a file.
 
-    python process_worker.py INPUTS OUTPUTS DEVICES [COORDINATOR PROCESSES INDEX [STEPS]]
+    python process_worker.py INPUTS OUTPUTS DEVICES [COORDINATOR PROCESSES INDEX SECONDS [STEPS]]
 
-After STEPS steps the process leaves, without a word to the others.
+A process that has not been heard of for SECONDS is taken for dead. After STEPS steps the process leaves,
+without a word to the others.
 """
 
 import functools
@@ -21,7 +22,7 @@ import jbn.linen
 import jbn.tools
 
 
-def start(devices, coordinator=None, processes=1, index=0):
+def start(devices, coordinator=None, processes=1, index=0, seconds=0):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     if coordinator is not None:
@@ -30,9 +31,9 @@ def start(devices, coordinator=None, processes=1, index=0):
             coordinator,
             processes,
             index,
-            initialization_timeout=60,
-            heartbeat_timeout_seconds=10,
-            shutdown_timeout_seconds=10,
+            initialization_timeout=240,
+            heartbeat_timeout_seconds=seconds,
+            shutdown_timeout_seconds=seconds,
         )
     assert jax.process_count() == processes
     assert jax.device_count() == devices * processes
@@ -90,8 +91,8 @@ def recalibrated(x, mask):
     return jbn.tools.recalibrate(apply_fn, variables, batches, tolerance=0.0)["batch_stats"]
 
 
-def main(inputs, outputs, devices, coordinator=None, processes=1, index=0, last=-1):
-    start(int(devices), coordinator, int(processes), int(index))
+def main(inputs, outputs, devices, coordinator=None, processes=1, index=0, seconds=0, last=-1):
+    start(int(devices), coordinator, int(processes), int(index), int(seconds))
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     data = dict(np.load(inputs))
     params = {name: jnp.asarray(data[name]) for name in ("scale", "bias")}

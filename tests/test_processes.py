@@ -15,6 +15,9 @@ from tests.cases import assert_close, tolerance
 
 ROWS, CHANNELS = 32, 3
 SECONDS = 240  # no test takes a tenth of it on an idle machine; a hang must not hold up the others for ever
+SILENCE = (
+    10  # seconds after which a process is taken for dead, where one leaves; else `SECONDS`, for busy machines
+)
 ROOT = Path(__file__).parents[1]
 
 
@@ -50,7 +53,7 @@ def run(folder, devices, processes=1, leaves=None):
     address = f"localhost:{free_port()}"
     workers = []
     for index in range(processes):
-        several = [address, processes, index, (leaves or {}).get(index, -1)]
+        several = [address, processes, index, SILENCE if leaves else SECONDS, (leaves or {}).get(index, -1)]
         arguments = [
             folder / "inputs.npz",
             folder / f"{index}.npz",
