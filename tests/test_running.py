@@ -90,6 +90,14 @@ def test_a_channel_without_rows_keeps_its_statistics():
     assert_close(new["var"], [2 / 3, 1.0], tolerance(np.float32))
 
 
+def test_update_takes_one_row_and_keeps_what_has_none():
+    """Unlike `batch_norm`, which leaves out a channel of one row: moments may be of single examples."""
+    x, mask = np.array([[4, 9]], np.float32), np.array([[True, False]])
+    new = jbn.update(jbn.init(2)[1], jbn.moments(x, mask=mask), momentum=0.5)
+    assert_close(new["mean"], [2.0, 0.0], tolerance(np.float32))
+    assert_close(new["var"], [0.5, 1.0], tolerance(np.float32))
+
+
 def test_one_value_known_at_run_time_is_bias_and_updates_nothing():
     params = {"bias": np.array([0.5], np.float32)}
     x, mask = rows(4, np.nan, np.nan), np.array([True, False, False])
