@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import jbn
 import jbn.linen
 from tests.cases import assert_close, assert_trees_close
 from tests.synchronising import BATCH_STATS, COTANGENT, PARAMS, TOLERANCE, X, both, core, gradients, mesh
@@ -38,6 +39,13 @@ def test_each_group_of_devices_is_a_batch(kind, apply):
         assert_trees_close(jax.tree.map(lambda a: a.sum(0), of_group[2][0]), d_params, TOLERANCE)
         for place in range(4):
             assert_trees_close(jax.tree.map(lambda a, place=place: a[place], of_group[1]), new, TOLERANCE)
+
+
+def test_a_single_group_is_the_whole_axis():
+    moments = functools.partial(jbn.moments, axis_name="data", axis_index_groups=[range(8)])
+    found = jax.pmap(moments, axis_name="data")(X.reshape(8, 8, 4))
+    for device in range(8):
+        assert_trees_close(jax.tree.map(lambda a, i=device: a[i], found), jbn.moments(X), TOLERANCE)
 
 
 def test_groups_are_mesh_axes_elsewhere():
