@@ -1,5 +1,7 @@
 """The report's drift: its formulas, from moments in every form, and the order that it gives."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -209,3 +211,10 @@ def test_scanned_layers():
     row = only(report(variables, new))
     assert (row.path, row.channels) == ("", 12)
     assert row.drift > 0.5
+
+
+def test_a_report_cannot_be_written_to():
+    found = report(VARIABLES)
+    for value, name in ((found, "rows"), (found.rows[0], "dead"), (found.channels[0], "dead")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, name, None)

@@ -20,6 +20,11 @@ def drawn(figure):
     return names, titles, [axes.get_xlabel() for axes in figure.axes], medians
 
 
+def ticks_within(axes):
+    low, high = axes.get_xlim()
+    return [tick for tick in axes.get_xticks() if low <= tick <= high]
+
+
 def remarks(figure):
     return [text.get_text() for text in figure.axes[-1].texts]
 
@@ -67,6 +72,11 @@ def test_picture_of_ranges(tmp_path):
     assert medians == [[(1, 20.5)], [(0, 1), (1, 4)], [(1, 2)]]
     assert remarks(figure) == ["1 of 1 NaN or inf", "1 of 2 dead"]
     assert [axes.get_xscale() for axes in figure.axes] == ["symlog", "log", "linear"]
+    means, variances, scales = map(ticks_within, figure.axes)
+    np.testing.assert_allclose(means, [1, 10])
+    np.testing.assert_allclose(variances, [1, 2])
+    assert len(scales) >= 4
+    np.testing.assert_allclose(np.diff(scales), scales[1] - scales[0])
     assert png_size(tmp_path / "ranges.png")[0] == 1560
 
 
