@@ -4,6 +4,7 @@ import dataclasses
 import operator
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -45,6 +46,14 @@ class Reduction:
             return index
         places = {device: place for group in self.groups for place, device in enumerate(group)}
         return jnp.asarray([places[device] for device in sorted(places)], np.int32)[index]
+
+    def has_index(self) -> bool:
+        """Whether `index` compiles: always, from JAX 0.10.2 on.
+
+        Before, `lax.axis_index` in a shard_map within a shard_map is an error, or hangs while JAX prints it.
+        All that shows of nesting is that several axes of the mesh are bound, as they may be in one shard_map.
+        """
+        return jax.__version_info__ >= (0, 10, 2) or len(jax.sharding.get_abstract_mesh().manual_axes) < 2
 
     def _collective(self, operation: Callable[..., Array]) -> Array:
         """The operation with axis name and groups; what JAX cannot do is said with the way out."""

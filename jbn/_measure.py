@@ -166,7 +166,7 @@ def over_devices(local: Measured, reduction: Reduction) -> Measured:
         )
         return _joined(over_devices(Measured(*map(jnp.stack, pairs)), reduction))
     devices = reduction.size
-    if devices > _TABLE_DEVICES:
+    if devices > _TABLE_DEVICES or not reduction.has_index():
         return _over_many_devices(local, reduction)
     rows = jnp.stack(local)
     here = jnp.arange(devices, dtype=np.int32) == reduction.index()

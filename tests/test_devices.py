@@ -111,6 +111,14 @@ def test_the_answer_of_one_device(way, name):
     assert_same(way, core, name)
 
 
+def test_the_answer_of_one_device_without_an_index_of_devices(monkeypatch):
+    """Before JAX 0.10.2 a shard_map within a shard_map cannot ask for it."""
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 1))
+    way = dataclasses.replace(BY_NAME["shard_map in shard_map"], name="compiled for itself")
+    assert_same(way, core, "weights")
+    assert "= axis_index" not in str(compiled(way, core).trace(*make(masks()["weights"])).jaxpr)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("way", ["shard_map", "jit, explicit axes, examples and features sharded"])
 def test_the_answer_of_one_device_where_channels_have_their_own_masks(way):
