@@ -13,9 +13,22 @@ import jbn
 from tests import reference
 from tests.cases import tolerance
 from tests.compiling import optimized
+from tests.versions import before, needs_jax
 
 pytestmark = pytest.mark.quick
 SHAPES = {"dense": (8192, 256), "image": (32, 14, 14, 64), "few rows": (16, 256)}
+
+
+def assert_accurate(x, batch_stats, **settings):
+    """The bounds are those of data about 0, wherever x lies.
+
+    Before 0.10.2 XLA for CPUs adds the values of an image one after another, up to 32 along each axis: the
+    errors of "image" were 7.9e-6 and 1.5e-5, with each of its instruction sets.
+    """
+    var, y = errors(x, batch_stats, **settings)
+    chain = before("0.10.2") and x.ndim > 2
+    assert var < (1.6e-5 if chain else 1e-6)
+    assert y < (3e-5 if chain else 2e-6)
 
 
 def errors(x, batch_stats, **settings):
@@ -37,33 +50,25 @@ def normal(shape, location, spread=1.0):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_standard_normal(shape):
-    var, y = errors(normal(shape, 0), jbn.init(shape[-1])[1])
-    assert var < 1e-6
-    assert y < 2e-6
+    assert_accurate(normal(shape, 0), jbn.init(shape[-1])[1])
 
 
 @pytest.mark.parametrize("location", [1e3, 1e4, -1e4])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_far_from_zero_at_the_first_step(shape, location):
-    """Where E[x^2] - E[x]^2 says 16 or 0: the bounds are those of data about 0."""
-    var, y = errors(normal(shape, location), jbn.init(shape[-1])[1])
-    assert var < 1e-6
-    assert y < 2e-6
+    """Where E[x^2] - E[x]^2 says 16 or 0."""
+    assert_accurate(normal(shape, location), jbn.init(shape[-1])[1])
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_far_from_zero_with_converged_statistics(shape):
     x = normal(shape, 1e4)
     batch_stats = {"mean": np.full(shape[-1], 1e4, np.float32), "var": np.ones(shape[-1], np.float32)}
-    var, y = errors(x, batch_stats)
-    assert var < 1e-6
-    assert y < 2e-6
+    assert_accurate(x, batch_stats)
 
 
 def test_far_from_zero_under_a_mask():
-    var, y = errors(normal((1024, 64), 1e4), jbn.init(64)[1], mask=np.ones(1024, bool))
-    assert var < 1e-6
-    assert y < 2e-6
+    assert_accurate(normal((1024, 64), 1e4), jbn.init(64)[1], mask=np.ones(1024, bool))
 
 
 def test_rows_far_out_cost_no_more_than_their_share():
@@ -86,7 +91,10 @@ def blank_in_front():
     return x
 
 
-@pytest.mark.parametrize("make", [outliers_in_front, blank_in_front])
+CHAIN = needs_jax("0.10.2", "the sums are as far off as those about a shift in the very front, on some CPUs")
+
+
+@pytest.mark.parametrize("make", [outliers_in_front, pytest.param(blank_in_front, marks=CHAIN)])
 def test_the_first_examples_may_be_unlike_the_others(make):
     x = make()
     var, _ = errors(x, jbn.init(x.shape[-1])[1])
