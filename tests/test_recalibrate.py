@@ -157,7 +157,7 @@ def test_scanned_layers_of_nnx():
     class Stack(nnx.Module):
         def __init__(self):
             make = nnx.vmap(lambda rngs: jbn.nnx.BatchNorm(3, rngs=rngs), in_axes=0, out_axes=0)
-            self.layers = make(nnx.Rngs(0).split(2))
+            self.layers = nnx.split_rngs(splits=2)(make)(nnx.Rngs(0))
 
         def __call__(self, x):
             axes = nnx.StateAxes({nnx.Param: 0, nnx.BatchStat: 0})
