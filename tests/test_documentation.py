@@ -4,9 +4,12 @@ import doctest
 import importlib
 import pkgutil
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import jbn
 from tests.cases import loosely
@@ -132,3 +135,17 @@ def test_readme_commands_set_up_all_they_need(position, runs):
 
 def test_readme_is_one_page():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 140
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["examples"]]
+    bounds = {line.name: str(line.specifier) for line in map(Requirement, wanted)}
+    pinned = re.findall(
+        r"^([\w-]+)==(\S+)$", (ROOT / ".ci/oldest.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert {"jax", "jaxlib", "flax"} <= {name for name, _ in pinned}
+    for name, version in pinned:
+        assert Version(bounds[name].removeprefix(">=")) == Version(version), name
+    start = (ROOT / "docs/pages/index.md").read_text(encoding="utf-8")
+    assert f"jbn needs JAX {dict(pinned)['jax']} and Flax {dict(pinned)['flax']}, or newer." in start
