@@ -1,8 +1,11 @@
 """Batch normalization for JAX that is right however the batch is cut.
 
 The functional door: pure functions over parameters and running statistics. The Flax layers are in
-`jbn.linen`, which this module does not import.
+`jbn.linen` and `jbn.nnx`, and `jbn.tools` is beside them: each is imported when it is first asked for.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from jbn._batch_norm import batch_norm as batch_norm
 from jbn._init import init as init
@@ -13,3 +16,17 @@ from jbn._renorm import Renorm as Renorm
 from jbn._running import update as update
 
 __version__ = "0.1.0"
+__all__ = ["Moments", "Renorm", "batch_norm", "init", "merge", "moments", "update"]
+
+_DOORS = ("linen", "nnx", "tools")
+
+if not TYPE_CHECKING:  # or every name would seem to exist
+
+    def __getattr__(name: str) -> Any:
+        if name in _DOORS:
+            return importlib.import_module(f"jbn.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_DOORS})

@@ -2,3 +2,5 @@
 
 from jbn.linen._layer import BatchNorm as BatchNorm
 from jbn.linen._models import replace_batch_norm as replace_batch_norm
+
+__all__ = ["BatchNorm", "replace_batch_norm"]

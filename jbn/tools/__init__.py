@@ -25,3 +25,31 @@ from jbn.tools._torch import from_torch as from_torch
 from jbn.tools._torch import to_torch as to_torch
 from jbn.tools._torch_model import from_torch_state_dict as from_torch_state_dict
 from jbn.tools._torch_model import torch_state_dict as torch_state_dict
+
+__all__ = [
+    "LayerReport",
+    "Report",
+    "apply_moments",
+    "debias",
+    "ema",
+    "fold",
+    "fold_variables",
+    "freeze",
+    "from_equinox",
+    "from_haiku",
+    "from_keras",
+    "from_torch",
+    "from_torch_state_dict",
+    "merge_replicas",
+    "plot",
+    "recalibrate",
+    "report",
+    "settings_from",
+    "settings_to",
+    "to_equinox",
+    "to_haiku",
+    "to_keras",
+    "to_torch",
+    "torch_state_dict",
+    "weight_decay_mask",
+]
