@@ -4,7 +4,6 @@ Everything here works on arrays of x's rank: statistics and parameters are 1 alo
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -39,13 +38,17 @@ class Inputs(NamedTuple):
     residual: Array | None
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def normalize_by(config: Normalization, inputs: Inputs, mean: Array, var: Array) -> Array:
-    """y by given statistics: one pass, no reduction, differentiable in all arguments."""
+def normalize_by(
+    config: Normalization, inputs: Inputs, mean: Array, var: Array, rest: Array | None = None
+) -> Array:
+    """y by given statistics, of which the mean is mean + rest: one pass, differentiable in all arguments.
+
+    No jit of its own: a tool that traces with patches of its own, as exporters do, would leave them in it.
+    """
     x, weights, scale, bias, residual = inputs
     dtype = working(x.dtype, mean.dtype)
     offset = settled(x, weights).astype(dtype) - mean.astype(dtype)
-    y = finite(affine(offset, None, var.astype(wide(dtype)), scale, bias, config), weights)
+    y = finite(affine(offset, rest, var.astype(wide(dtype)), scale, bias, config), weights)
     y = y if weights is None else jnp.where(used(weights), y, lax.stop_gradient(y))
     return finished(y, residual, config)
 

@@ -1,11 +1,67 @@
 """The pure function."""
 
+from typing import Literal, overload
+
 from jaxtyping import Array
 
+from jbn._moments import Moments
 from jbn._options import Options
 from jbn._renorm import Renorm
 from jbn._run import Stats, run
+from jbn._scalars import check_static
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, Params, X
+
+
+@overload
+def batch_norm(
+    params: Params | None,
+    batch_stats: Stats,
+    x: X,
+    *,
+    use_running_average: Flag,
+    axis: Axes = ...,
+    momentum: float | Array | None = ...,
+    epsilon: float = ...,
+    axis_name: AxisName | None = ...,
+    axis_index_groups: AxisIndexGroups | None = ...,
+    mask: Array | None = ...,
+    unbiased: bool = ...,
+    debias: bool = ...,
+    skip_nonfinite: bool = ...,
+    virtual_batch_size: int | None = ...,
+    renorm: Renorm | None = ...,
+    activation: str | None = ...,
+    residual: Array | None = ...,
+    dtype: Dtype | None = ...,
+    blend: float | Array | None = ...,
+    return_moments: Literal[False] = ...,
+) -> tuple[Array, Stats]: ...
+
+
+@overload
+def batch_norm(
+    params: Params | None,
+    batch_stats: Stats,
+    x: X,
+    *,
+    use_running_average: Flag,
+    axis: Axes = ...,
+    momentum: float | Array | None = ...,
+    epsilon: float = ...,
+    axis_name: AxisName | None = ...,
+    axis_index_groups: AxisIndexGroups | None = ...,
+    mask: Array | None = ...,
+    unbiased: bool = ...,
+    debias: bool = ...,
+    skip_nonfinite: bool = ...,
+    virtual_batch_size: int | None = ...,
+    renorm: Renorm | None = ...,
+    activation: str | None = ...,
+    residual: Array | None = ...,
+    dtype: Dtype | None = ...,
+    blend: float | Array | None = ...,
+    return_moments: Literal[True],
+) -> tuple[Array, Stats, Moments]: ...
 
 
 def batch_norm(
@@ -28,7 +84,9 @@ def batch_norm(
     activation: str | None = None,
     residual: Array | None = None,
     dtype: Dtype | None = None,
-) -> tuple[Array, Stats]:
+    blend: float | Array | None = None,
+    return_moments: bool = False,
+) -> tuple[Array, Stats] | tuple[Array, Stats, Moments]:
     """Normalizes x per channel, and returns it with the new running statistics.
 
         mean = E[x],  var = E[|x - mean|^2],  y = scale * (x - mean) / sqrt(var + epsilon) + bias
@@ -63,6 +121,10 @@ def batch_norm(
         stay on their device; the running statistics are updated once, by all rows of all devices together.
       renorm: batch renormalization towards the running statistics, `jbn.Renorm(r_max, d_max)` (Ioffe 2017,
         arXiv 1702.03275); of each group by itself, with virtual_batch_size.
+      blend: None, or a number or scalar array from 0 to 1: evaluation normalizes by the mean
+        `blend * running + (1 - blend) * batch`, and by the variance alike (test-time adaptation: Schneider et
+        al. 2020, arXiv 2006.16971). Nothing is stored; gradients flow through the batch's part; mask and
+        axis_name count as in training. A channel with no row has the running statistics alone.
 
       How they are remembered:
       momentum: weighs the OLD statistics, `new = momentum * old + (1 - momentum) * batch`; from 0 to 1,
@@ -83,9 +145,12 @@ def batch_norm(
       activation: "relu" gives `relu(y + residual)`: the values and gradients of the separate operations, of
         which the backward pass keeps nothing but the result.
       dtype: of y; None: x's.
+      return_moments: whether the moments of the batch are returned too, over devices and without masked
+        entries, in evaluation as well: those that training has measured in any case. Differentiable.
 
     Returns:
-      y, of x's shape, and batch_stats of the same structure, shapes and dtypes as they came.
+      y, of x's shape, and batch_stats of the same structure, shapes and dtypes as they came; with
+      return_moments also the batch's `jbn.Moments`.
 
     Raises:
       ValueError: an argument that does not fit, or not with another, and one value per channel in training.
@@ -112,9 +177,21 @@ def batch_norm(
         skip_nonfinite=skip_nonfinite,
         virtual_batch_size=virtual_batch_size,
         renorm=renorm,
+        blend=blend,
         activation=activation,
     )
-    y, new_stats, _ = run(
-        params, batch_stats, x, use_running_average, options, mask=mask, residual=residual, dtype=dtype
+    check_static("batch_norm", "return_moments", return_moments)
+    y, new_stats, moments = run(
+        params,
+        batch_stats,
+        x,
+        use_running_average,
+        options,
+        mask=mask,
+        residual=residual,
+        dtype=dtype,
+        measuring=return_moments,
     )
-    return y, new_stats
+    if moments is None or not return_moments:
+        return y, new_stats
+    return y, new_stats, moments

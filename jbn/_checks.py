@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jbn._errors import error
+from jbn._errors import ArgumentError, error
 from jbn._types import Axes, Dtype, X, describe, output, sharded_like
 
 _NUMBERS = (int, float, np.number, np.ndarray, jax.Array)
@@ -17,6 +17,9 @@ _RIGHT_SIZE = (
     "Make them for as many features as x has (jbn.init(features), num_features), or set axis to x's "
     "feature axis."
 )
+
+
+_NOT_THE_SHAPE = "jbn.init takes the number of channels, usually x.shape[-1], and not x.shape."
 
 
 def check_x(call: str, x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
@@ -53,27 +56,43 @@ def check_entries(call: str, argument: str, given: Any, allowed: Sequence[str]) 
             "See jbn.init.",
         )
     if unknown := sorted(str(key) for key in given if key not in allowed):
+        swapped = set(unknown) <= {"scale", "bias", "mean", "var", "count", "rows"}
+        layer = f"Pass the collection of one layer, for example variables['{argument}']['BatchNorm_0']."
         raise error(
             call,
             argument,
             f"a mapping with {', '.join(unknown)}",
-            f"no entry but {', '.join(allowed)}",
-            "Pass the collection of one layer, for example variables['params']['BatchNorm_0'].",
+            f"only {', '.join(allowed)}",
+            "Is it swapped with the other? params come first, then batch_stats." if swapped else layer,
         )
     for name, value in given.items():
         if isinstance(value, (list, tuple)) or as_numbers(value) is None:
+            boxed = hasattr(value, "unbox")
             raise error(
                 call,
                 f"{argument}[{name!r}]",
-                describe(value),
+                f"a {type(value).__name__}" if boxed else describe(value),
                 "an array of numbers",
-                "Leave out what the layer does not have; convert lists with jnp.asarray.",
+                "Take the arrays out of their boxes: flax.linen.unbox(variables)."
+                if boxed
+                else "Leave out what the layer does not have; convert lists with jnp.asarray.",
             )
+
+
+def unwrapped(entries: Any) -> Any:
+    """The entries with the arrays that variables of NNX hold, which JAX does not take apart by itself."""
+    if not isinstance(entries, Mapping) or not any(_is_variable(value) for value in entries.values()):
+        return entries
+    return {name: jnp.asarray(value) if _is_variable(value) else value for name, value in entries.items()}
+
+
+def _is_variable(value: Any) -> bool:
+    return hasattr(value, "__jax_array__") and not isinstance(value, jax.Array)
 
 
 def check_param(call: str, argument: str, value: Array, x: X, axes: tuple[int, ...]) -> None:
     """A scale or bias: one value per channel, or of x's rank and broadcastable to x."""
-    shape, features = jnp.shape(value), feature_shape(x, axes)
+    shape, features = np.shape(value), feature_shape(x, axes)
     if shape != features and not (len(shape) == x.ndim and fits(shape, x.shape)):
         raise error(
             call,
@@ -103,8 +122,9 @@ def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> Non
         )
     for name, value in stats.items():
         shape = () if name == "count" else feature_shape(x, axes)
-        if jnp.shape(value) != shape:
-            raise error(call, f"batch_stats[{name!r}]", describe(value), f"shape {shape}", _RIGHT_SIZE)
+        if np.shape(value) != shape:
+            fix = _NOT_THE_SHAPE if np.shape(value) == x.shape else _RIGHT_SIZE
+            raise error(call, f"batch_stats[{name!r}]", describe(value), f"shape {shape}", fix)
         kind = "integer" if name == "count" else "inexact"
         if not jnp.issubdtype(jnp.asarray(value).dtype, getattr(jnp, kind)):
             raise error(
@@ -152,6 +172,14 @@ def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     given, mask = mask, as_numbers(mask)
     if mask is None or jnp.iscomplexobj(mask):
         raise error(call, "mask", describe(given), "an array of bool or float", "Compare it: mask > 0.")
+    if not isinstance(mask, jax.core.Tracer) and mask.dtype != bool and np.any(np.asarray(mask) < 0):
+        raise error(
+            call,
+            "mask",
+            f"{describe(mask)} with weights below 0",
+            "weights from 0 up",
+            "0 marks what takes no part.",
+        )
     if mask.ndim == x.ndim and fits(mask.shape, x.shape):
         return sharded_like(mask, x)
     leading, reduced = axes[: mask.ndim], tuple(x.shape[a] for a in axes)
@@ -166,17 +194,18 @@ def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     )
 
 
-def check_values(call: str, x: X, axes: tuple[int, ...]) -> None:
-    """More than one value per channel, where that is known before anything runs."""
-    if all(x.shape[axis] == 1 for axis in axes):
-        raise error(
-            call,
-            "x",
-            f"{describe(x)}, one value per channel",
-            "a batch of at least two values per channel in training",
-            "A single value has no variance and would turn into bias: use a larger batch, "
-            "use_running_average=True, or axis_name to normalize over several devices.",
-        )
+def one_value(call: str, x: X, axes: tuple[int, ...]) -> ArgumentError | None:
+    """The error of one value per channel, where that is known before anything runs."""
+    if any(x.shape[axis] != 1 for axis in axes):
+        return None
+    return error(
+        call,
+        "x",
+        f"{describe(x)}, one value per channel",
+        "a batch of at least two values per channel in training",
+        "A single value has no variance and would turn into bias: use a larger batch, "
+        "use_running_average=True, or axis_name to normalize over several devices.",
+    )
 
 
 def as_numbers(value: Any) -> Array | None:

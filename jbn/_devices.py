@@ -76,6 +76,14 @@ def check_axis_name(
 ) -> tuple[AxisName | None, tuple[tuple[int, ...], ...] | None]:
     """axis_name and axis_index_groups, hashable; the groups are of equal size and divide a named axis."""
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    if any(isinstance(name, int) for name in (axis_name if isinstance(axis_name, tuple) else (axis_name,))):
+        raise error(
+            call,
+            "axis_name",
+            repr(axis_name),
+            "the name that vmap, pmap or a mesh gave an axis",
+            "A number is an axis of x: that of the features is axis.",
+        )
     if groups is None:
         return axis_name, None
     try:

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from jbn._affine import Inputs, Normalization
@@ -36,6 +35,6 @@ def normalize_groups(
         reference = reference._replace(mean=cut(reference.mean), var=cut(reference.var))
     inputs, guess = jax.tree.map(cut, (inputs, guess))
     y, measured = normalize(within, inputs, reference, guess)
-    parts = Measured(*(jnp.moveaxis(part, batch, 0) for part in lax.stop_gradient(measured)))
+    parts = Measured(*(jnp.moveaxis(part, batch, 0) for part in measured))
     pooled: Measured = merge_measured(parts)
     return jnp.reshape(y, shape), pooled if whole.axis_name is None else over_devices(pooled, whole)

@@ -10,10 +10,10 @@ import numpy as np
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
-from jbn._checks import as_numbers, check_batch_stats, check_epsilon, check_values, fits
-from jbn._errors import error
+from jbn._checks import as_numbers, check_batch_stats, check_epsilon, fits, one_value
+from jbn._errors import ArgumentError, error
 from jbn._renorm import Renorm, check_renorm
-from jbn._scalars import check_momentum, check_static
+from jbn._scalars import check_momentum, check_static, is_share
 from jbn._types import Axes, AxisIndexGroups, AxisName, BatchStats, X, across, describe, sharded_like
 
 
@@ -33,6 +33,8 @@ class Options:
     unbiased: bool
     debias: bool
     skip_nonfinite: bool
+    # how they are used
+    blend: float | Array | None
     # what happens after
     activation: str | None
 
@@ -67,6 +69,14 @@ def check_options(
             "Usually 32 to 256.",
         )
     check_renorm(call, options.renorm, x)
+    if options.blend is not None and not is_share(options.blend):
+        raise error(
+            call,
+            "blend",
+            describe(options.blend),
+            "a number from 0 to 1, a scalar array, or None",
+            "It weighs the running statistics: 1 leaves the batch out.",
+        )
     if options.activation is not None and (
         options.activation != "relu" or jnp.issubdtype(dtype, jnp.complexfloating)
     ):
@@ -84,27 +94,24 @@ def check_statistics(
 ) -> None:
     """Running statistics that fit x, with what the options need."""
     if batch_stats is None:
-        if options.renorm is not None:
-            raise error(
-                call,
-                "renorm",
-                "given, and batch_stats is None",
-                "running statistics to correct towards",
-                "Pass the batch_stats of jbn.init, or leave renorm out.",
-            )
+        for name, use in (("renorm", "to correct towards"), ("blend", "to blend with")):
+            if getattr(options, name) is not None:
+                raise error(
+                    call,
+                    name,
+                    "given, and batch_stats is None",
+                    f"running statistics {use}",
+                    f"Pass the batch_stats of jbn.init, or leave {name} out.",
+                )
         return
     check_batch_stats(call, batch_stats, x, axes)
     check_counters(call, batch_stats, options.momentum, debias=options.debias, training=training)
 
 
-def check_several(
-    call: str, options: Options, x: X, axes: tuple[int, ...], weights: Array | None, certain: bool
-) -> None:
-    """Groups that divide the batch; in training for certain, more than one value per channel."""
+def check_groups(call: str, options: Options, x: X, axes: tuple[int, ...]) -> None:
+    """Groups that divide the batch."""
     size = options.virtual_batch_size
     if size is None:
-        if certain and weights is None and options.axis_name is None:
-            check_values(call, x, axes)
         return
     examples = x.shape[axes[0]] if axes else 0
     if not axes or examples % size:
@@ -124,14 +131,28 @@ def check_several(
             "groups that lie on one device each",
             f"Use {examples // devices} or a divisor of it: the mesh axes of x are explicit.",
         )
-    if certain and weights is None and size == 1 and all(x.shape[axis] == 1 for axis in axes[1:]):
-        raise error(
+
+
+def one_value_per_channel(
+    call: str, options: Options, x: X, axes: tuple[int, ...], weights: Array | None
+) -> ArgumentError | None:
+    """What is wrong with a batch, or groups, of one value per channel, if that is known while tracing.
+
+    Batch renormalization has a meaning there: x_hat is 0, and y = scale * d + bias.
+    """
+    if weights is not None or options.renorm is not None:
+        return None
+    if options.virtual_batch_size is None:
+        return one_value(call, x, axes) if options.axis_name is None else None
+    if options.virtual_batch_size == 1 and all(x.shape[axis] == 1 for axis in axes[1:]):
+        return error(
             call,
             "virtual_batch_size",
             f"1 for x = {describe(x)}, one value per channel",
             "groups of at least two values per channel in training",
             "A single value has no variance and would turn into bias: use larger groups.",
         )
+    return None
 
 
 def check_counters(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jbn._checks import as_numbers
 from jbn._errors import error
 from jbn._measure import Measured, inverse_deviation
+from jbn._scalars import is_share
 from jbn._types import X, describe, working
 
 
@@ -21,7 +22,7 @@ class Renorm:
     """Limits of batch renormalization, for `jbn.batch_norm(..., renorm=...)`: a frozen pytree.
 
         y = scale * (x_hat * r + d) + bias
-        r = clip(sigma_batch / sigma, 1 / r_max, r_max),  d = clip((mean_batch - mean) / sigma, -d_max, d_max)
+        r = clip(sigma_batch / sigma, r_min, r_max),  d = clip((mean_batch - mean) / sigma, -d_max, d_max)
 
     x_hat is x normalized by its batch, mean and sigma = sqrt(var + epsilon) are the running ones. r and d are
     constants for the gradient. What training computes is then close to what evaluation will compute, also
@@ -32,6 +33,7 @@ class Renorm:
     Attributes:
       r_max: from 1 up; inf is no limit.
       d_max: from 0 up.
+      r_min: from 0 to 1; None is 1 / r_max. TensorFlow and Keras have a limit of its own here, `rmin`.
 
     Example:
       >>> import jax.numpy as jnp, jbn, optax
@@ -47,6 +49,7 @@ class Renorm:
 
     r_max: float | Float[Array, ""]
     d_max: float | Float[Array, ""]
+    r_min: float | Float[Array, ""] | None = None
 
 
 class Reference(NamedTuple):
@@ -56,6 +59,7 @@ class Reference(NamedTuple):
     var: Array
     r_max: Array
     d_max: Array
+    r_min: Array
 
 
 def renormalized(
@@ -63,7 +67,7 @@ def renormalized(
 ) -> tuple[Array | None, Array | None]:
     """Scale and bias with the correction in them: scale * r, and bias + scale * d.
 
-    Where the batch has no variance (one value, or none) there is nothing to correct: y is bias.
+    Of one value x_hat is 0, and y = scale * d + bias; of none there is nothing to correct, and y is bias.
     """
     if reference is None:
         return scale, bias
@@ -71,9 +75,11 @@ def renormalized(
     inverse = inverse_deviation(reference.var.astype(kind), epsilon)
     r = jnp.sqrt(measured.var + np.asarray(epsilon, kind)) * inverse
     d = ((measured.shift - reference.mean.astype(kind)) + measured.rest) * inverse
-    r_max, d_max = (limit.astype(kind) for limit in (reference.r_max, reference.d_max))
-    some = measured.values > 1
-    r = lax.stop_gradient(jnp.where(some, jnp.clip(r, 1 / r_max, r_max), jnp.ones_like(r)))
+    r_max, d_max, r_min = (
+        limit.astype(kind) for limit in (reference.r_max, reference.d_max, reference.r_min)
+    )
+    some = measured.values > 0
+    r = lax.stop_gradient(jnp.where(some, jnp.clip(r, r_min, r_max), jnp.ones_like(r)))
     d = lax.stop_gradient(jnp.where(some, jnp.clip(d, -d_max, d_max), jnp.zeros_like(d)))
     kind = working(*(part.dtype for part in (r, scale, bias) if part is not None))
     r, d = r.astype(kind), d.astype(kind)
@@ -96,6 +102,14 @@ def check_renorm(call: str, renorm: Any, x: X) -> None:
             describe(renorm),
             "jbn.Renorm(r_max, d_max) with scalars, r_max from 1 and d_max from 0 up",
             "The paper ends at jbn.Renorm(3.0, 5.0).",
+        )
+    if renorm.r_min is not None and not is_share(renorm.r_min):
+        raise error(
+            call,
+            "renorm",
+            f"given with r_min = {describe(renorm.r_min)}",
+            "a scalar r_min from 0 to 1, or None",
+            "None is 1 / r_max, as in the paper.",
         )
     if jnp.iscomplexobj(x):
         raise error(

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -15,14 +17,21 @@ from jbn._affine import Inputs, Normalization, normalize_by
 from jbn._devices import Reduction, axis_size, check_axis_name
 from jbn._errors import naming
 from jbn._ghost import normalize_groups
-from jbn._measure import Measured, known_rows
+from jbn._measure import Measured, known_rows, measure
 from jbn._moments import Moments, to_moments
 from jbn._normalize import normalize
-from jbn._options import Options, check_options, check_residual, check_several, check_statistics
+from jbn._options import (
+    Options,
+    check_groups,
+    check_options,
+    check_residual,
+    check_statistics,
+    one_value_per_channel,
+)
 from jbn._renorm import Reference
-from jbn._running import debiased, remember
-from jbn._scalars import check_flag
-from jbn._types import BatchStats, Dtype, Flag, Params, X, sharded_like
+from jbn._running import debiased, moving_average, remember
+from jbn._scalars import check_flag, is_number
+from jbn._types import BatchStats, Dtype, Flag, Params, X, describe, sharded_like
 
 _CALL = "batch_norm"
 
@@ -41,11 +50,15 @@ def run(
     residual: Array | None = None,
     dtype: Dtype | None = None,
     starting: bool = False,
+    measuring: bool = False,
+    layer: str | None = None,
 ) -> tuple[Array, Stats, Moments | None]:
     """`batch_norm` as the layers call it: it also returns the moments of the batch, if it measured them.
 
-    While a layer is `starting`, in `init`, one value per channel is welcome and no axis name is bound.
+    In training it does, and in evaluation if `measuring`. While a layer is `starting`, in `init`, one value
+    per channel is welcome and no axis name is bound; in training a `layer` of that name warns of it.
     """
+    params, batch_stats = _checks.unwrapped(params), _checks.unwrapped(batch_stats)
     x, axes = _checks.check_x(_CALL, x, options.axis)
     weights = None if mask is None else _checks.check_mask(_CALL, mask, x, axes)
     scale, bias = _expanded_params(params, x, axes)
@@ -63,14 +76,27 @@ def run(
             options, axis_name=None, axis_index_groups=None, virtual_batch_size=None
         )
     elif evaluating is not True:
-        check_several(_CALL, options, x, axes, weights, certain=evaluating is False)
+        check_groups(_CALL, options, x, axes)
+        few = one_value_per_channel(_CALL, options, x, axes, weights) if evaluating is False else None
+        if few is not None and layer is None:
+            raise few
+        if few is not None:
+            warnings.warn(
+                f"{layer}: x is {describe(x)}, one value per channel in training, which has no variance: "
+                "y is bias, and nothing is updated. Use a larger batch, use_running_average=True, or "
+                "axis_name to normalize over several devices.",
+                stacklevel=4,
+            )
+    asked, measuring = measuring, measuring or evaluating is not True or _blends(options)
     axis_name, groups = check_axis_name(_CALL, options.axis_name, options.axis_index_groups)
-    size = 1 if evaluating is True else axis_size(_CALL, axis_name, groups)
+    size = axis_size(_CALL, axis_name, groups) if measuring else 1
     config = Normalization(
         Reduction(axes, axis_name, groups, size), float(options.epsilon), dtype, options.activation
     )
     if evaluating is True:
-        return _evaluate(config, inputs, batch_stats, options), batch_stats, None
+        measured = measure(x, weights, config.reduction) if measuring else None
+        y = _evaluate(config, inputs, batch_stats, options, measured)
+        return y, batch_stats, None if measured is None else to_moments(measured, axes)
     y, measured = _train(config, inputs, batch_stats, options)
     moments = to_moments(measured, axes)
     if batch_stats is None:
@@ -90,9 +116,10 @@ def run(
     )
     if evaluating is not False:
         select: Any = functools.partial(jnp.where, evaluating)
-        y = select(_evaluate(config, inputs, batch_stats, options), y)
+        y = select(_evaluate(config, inputs, batch_stats, options, measured), y)
         new_stats = jax.tree.map(select, batch_stats, new_stats)
-        moments = jax.tree.map(lambda part: select(jnp.zeros_like(part), part), moments)
+        if not asked:
+            moments = jax.tree.map(lambda part: select(jnp.zeros_like(part), part), moments)
     return y, lax.stop_gradient(new_stats), moments
 
 
@@ -102,7 +129,8 @@ def _train(
     """y by the moments of the batch, or of each group of it; and those of the whole batch."""
     reference = None
     if options.renorm is not None and batch_stats is not None:
-        limits = map(jnp.asarray, (options.renorm.r_max, options.renorm.d_max))
+        r_max, d_max, r_min = vars(options.renorm).values()
+        limits = map(jnp.asarray, (r_max, d_max, 1 / jnp.asarray(r_max) if r_min is None else r_min))
         reference = Reference(*_known(config, inputs.x, batch_stats, options), *limits)
     guess = None if batch_stats is None else _expanded(batch_stats["mean"], config, inputs.x)
     if options.virtual_batch_size is not None:
@@ -110,10 +138,28 @@ def _train(
     return normalize(config, inputs, reference, guess)
 
 
-def _evaluate(config: Normalization, inputs: Inputs, batch_stats: Any, options: Options) -> Array:
-    """y by the running statistics."""
-    y: Array = normalize_by(config, inputs, *_known(config, inputs.x, batch_stats, options))
+def _evaluate(
+    config: Normalization, inputs: Inputs, batch_stats: Any, options: Options, measured: Measured | None
+) -> Array:
+    """y by the running statistics, blended with those of the batch if that is asked for."""
+    mean, var = _known(config, inputs.x, batch_stats, options)
+    if measured is None or options.blend is None or not _blends(options):
+        known: Array = normalize_by(config, inputs, mean, var)
+        return known
+    # The mean stays in two parts, as in training: rounded to one float32 it would cost digits of y.
+    shift, some = measured.shift, measured.total > 0
+    shares = (options.blend, 1 - options.blend)
+    rest, var = (
+        jnp.where(some, moving_average(running, batch, shares), running.astype(batch.dtype))
+        for running, batch in ((mean - shift, measured.rest), (var, measured.var))
+    )
+    y: Array = normalize_by(config, inputs, shift, var, rest)
     return y
+
+
+def _blends(options: Options) -> bool:
+    """Whether evaluation looks at the batch: not for a share of 1 of the running statistics."""
+    return options.blend is not None and not (is_number(options.blend) and options.blend == 1)
 
 
 def _known(config: Normalization, x: X, batch_stats: BatchStats, options: Options) -> Iterator[Array]:
@@ -134,6 +180,6 @@ def _expanded_params(params: Params | None, x: X, axes: tuple[int, ...]) -> tupl
     _checks.check_entries(_CALL, "params", params, ("scale", "bias"))
     for name, value in params.items():
         _checks.check_param(_CALL, f"params[{name!r}]", value, x, axes)
-    full = {name: v if jnp.ndim(v) == x.ndim else jnp.expand_dims(v, axes) for name, v in params.items()}
+    full = {name: v if np.ndim(v) == x.ndim else jnp.expand_dims(v, axes) for name, v in params.items()}
     scale, bias = (sharded_like(full[name], x) if name in full else None for name in ("scale", "bias"))
     return scale, bias

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jbn._checks import check_batch_stats
+from jbn._checks import check_batch_stats, unwrapped
 from jbn._errors import error
 from jbn._moments import Moments, merge
 from jbn._options import check_counters
@@ -60,10 +60,11 @@ def update(
 
     Reference: Ioffe and Szegedy 2015, arXiv 1502.03167, section 3.1.
     """
+    batch_stats = unwrapped(batch_stats)
     check_momentum("update", momentum)
     for name, choice in (("unbiased", unbiased), ("skip_nonfinite", skip_nonfinite)):
         check_static("update", name, choice)
-    if not isinstance(moments, Moments) or len({jnp.shape(part) for part in vars(moments).values()}) > 1:
+    if not isinstance(moments, Moments) or len({np.shape(part) for part in vars(moments).values()}) > 1:
         raise error("update", "moments", describe(moments), "jbn.Moments", "Measure x: jbn.moments(x).")
     check_batch_stats("update", batch_stats, moments.mean, ())
     check_counters("update", batch_stats, momentum, debias=False, training=True)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import jbn
+from tests import doors
 from tests.cases import assert_close, assert_trees_close
+from tests.doors import every_door
 from tests.small_batch import BATCH_STATS, TOLERANCE, both
 
 
@@ -50,14 +52,21 @@ def test_a_batch_that_is_masked_out_changes_nothing_and_has_no_gradient(door):
     chex.assert_trees_all_equal(gradients, jax.tree.map(np.zeros_like, (params, y)), strict=True)
 
 
-@both
+@every_door
 @pytest.mark.parametrize("shape", [(1, 3), (1, 1, 1, 3)])
-def test_one_value_per_channel_in_training_is_an_error_that_says_what_to_do(door, shape):
-    with pytest.raises(
-        ValueError, match=r"one value per channel.*larger batch.*use_running_average.*axis_name"
-    ):
-        door(BATCH_STATS, np.zeros(shape, np.float32))
-    y, _ = door(BATCH_STATS, np.ones(shape, np.float32), flag=True)
+def test_one_value_per_channel_in_training(door, shape):
+    """An error that says what to do; in a layer a warning, y is bias, and nothing is updated."""
+    says = r"one value per channel.*larger batch.*use_running_average.*axis_name"
+    bias = np.float32([1, 2, 3])
+    if door is doors.core:
+        with pytest.raises(ValueError, match=says):
+            door({"bias": bias}, BATCH_STATS, np.zeros(shape, np.float32))
+    else:
+        with pytest.warns(UserWarning, match=says):
+            y, new = door({"bias": bias}, BATCH_STATS, np.full(shape, 5, np.float32))
+        np.testing.assert_array_equal(y, np.broadcast_to(bias, shape))
+        chex.assert_trees_all_equal(new, BATCH_STATS)
+    y, _ = door({}, BATCH_STATS, np.ones(shape, np.float32), True)
     assert_close(y, np.ones(shape) / np.sqrt(1 + 1e-5), TOLERANCE)
 
 

@@ -23,11 +23,11 @@ BATCH_STATS = {"mean": np.array([0.5, 0, 1], np.float32), "var": np.array([1, 2,
 LIMITS = [(1.0, 0.0), (1.5, 0.5), (3.0, 5.0), (np.inf, np.inf)]
 
 
-def by_hand(params, x, r_max, d_max, mean=BATCH_STATS["mean"], var=BATCH_STATS["var"], epsilon=1e-5):
+def by_hand(params, x, r_max, d_max, mean=BATCH_STATS["mean"], var=BATCH_STATS["var"], r_min=None):
     """The paper's algorithm 1."""
     batch_mean, batch_var = jnp.mean(x, 0), jnp.var(x, 0)
-    sigma_batch, sigma = jnp.sqrt(batch_var + epsilon), jnp.sqrt(var + epsilon)
-    r = lax.stop_gradient(jnp.clip(sigma_batch / sigma, 1 / r_max, r_max))
+    sigma_batch, sigma = jnp.sqrt(batch_var + 1e-5), jnp.sqrt(var + 1e-5)
+    r = lax.stop_gradient(jnp.clip(sigma_batch / sigma, 1 / r_max if r_min is None else r_min, r_max))
     d = lax.stop_gradient(jnp.clip((batch_mean - mean) / sigma, -d_max, d_max))
     x_hat = (x - batch_mean[None]) / sigma_batch[None] * r[None] + d[None]
     return params["scale"][None] * x_hat + params["bias"][None]
@@ -169,18 +169,42 @@ def test_debiased_statistics_are_what_it_corrects_towards():
     assert_close(y, expected, 10 * TOLERANCE)  # a variance of 0.01 was rounded next to 0.9
 
 
-@pytest.mark.parametrize("valid", [0, 1])
-def test_without_a_variance_y_is_bias(valid):
-    y, new = jbn.batch_norm(
-        PARAMS,
-        BATCH_STATS,
-        X,
-        use_running_average=False,
-        mask=np.arange(16) < valid,
-        renorm=jbn.Renorm(3.0, 5.0),
-    )
+def test_of_no_row_y_is_bias():
+    settings = {"use_running_average": False, "mask": np.zeros(16, bool), "renorm": jbn.Renorm(3.0, 5.0)}
+    y, new = jbn.batch_norm(PARAMS, BATCH_STATS, X, **settings)
     np.testing.assert_array_equal(y, np.broadcast_to(PARAMS["bias"], X.shape))
-    assert_trees_close(new, BATCH_STATS, 0.0)
+    chex.assert_trees_all_equal(new, BATCH_STATS)
+
+
+@every_door
+@pytest.mark.parametrize("way", ["one row", "masked", "groups", "twice"])
+def test_of_one_value_y_is_the_shift_of_the_correction(door, way):
+    """x_hat is 0, so y = scale * d + bias, as the same row twice gives."""
+    row, settings = X[:1], {"renorm": jbn.Renorm(np.inf, np.inf)}
+    x = {"one row": row, "masked": X[:2], "groups": X[:2], "twice": np.repeat(row, 2, 0)}[way]
+    if way == "masked":
+        settings["mask"] = np.array([True, False])
+    elif way == "groups":
+        settings["virtual_batch_size"] = 1
+    y, new = door(PARAMS, BATCH_STATS, x, **settings)
+    d = (row - BATCH_STATS["mean"]) / np.sqrt(BATCH_STATS["var"] + 1e-5)
+    assert_close(y[:1], PARAMS["scale"] * d + PARAMS["bias"], TOLERANCE)
+    if way in ("one row", "masked"):
+        chex.assert_trees_all_equal(new, BATCH_STATS)
+
+
+@pytest.mark.parametrize("r_min", [0.0, 0.7, np.float32(1.0)])
+def test_a_lower_limit_of_its_own(r_min):
+    """As TensorFlow's and Keras's rmin; without one it is 1 / r_max."""
+    settings = {"use_running_average": False}
+    y, _ = jbn.batch_norm(PARAMS, BATCH_STATS, X, renorm=jbn.Renorm(1.5, 0.5, r_min), **settings)
+    assert_close(y, by_hand(PARAMS, X, 1.5, 0.5, r_min=r_min), TOLERANCE)
+    traced = jax.jit(
+        lambda limit: jbn.batch_norm(PARAMS, BATCH_STATS, X, renorm=jbn.Renorm(1.5, 0.5, limit), **settings)[
+            0
+        ]
+    )
+    assert_close(traced(jnp.float32(r_min)), y, TOLERANCE)
 
 
 def test_a_running_variance_of_zero_is_no_division_by_zero():

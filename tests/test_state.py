@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jbn
 from tests.cases import assert_close, assert_trees_close
@@ -103,6 +104,17 @@ def test_scale_and_bias_of_every_example():
     params = {"scale": scale, "bias": bias}
     found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, X) for f in (direct, composed))
     assert_trees_close(found, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_variables_of_nnx_as_entries(evaluating):
+    boxed_stats = {name: nnx.BatchStat(value) for name, value in BATCH_STATS.items()}
+    boxed = {name: nnx.Param(value) for name, value in PARAMS.items()}
+    y, new = core(boxed_stats, X, evaluating, boxed)
+    expected = core(BATCH_STATS, X, evaluating, PARAMS)
+    chex.assert_trees_all_equal((y, jax.tree.map(jnp.asarray, new)), expected)
+    moments = jbn.moments(X)
+    chex.assert_trees_all_equal(jbn.update(boxed_stats, moments), jbn.update(BATCH_STATS, moments))
 
 
 @both

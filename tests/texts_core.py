@@ -5,6 +5,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import Partitioned
 
 import jbn
 
@@ -48,12 +49,37 @@ TEXTS = {
     ),
     "foreign params": (
         lambda: call(params={"gamma": 1}),
-        "jbn.batch_norm: params is a mapping with gamma. Expected no entry but scale, bias. "
+        "jbn.batch_norm: params is a mapping with gamma. Expected only scale, bias. "
         "Pass the collection of one layer, for example variables['params']['BatchNorm_0'].",
+    ),
+    "params and batch_stats, swapped": (
+        lambda: call(params=STATS, batch_stats=PARAMS),
+        "jbn.batch_norm: params is a mapping with mean, var. Expected only scale, bias. Is it swapped with "
+        "the other? params come first, then batch_stats.",
+    ),
+    "a boxed parameter": (
+        lambda: call(params={"scale": Partitioned(jnp.ones(3), ("model",))}),
+        "jbn.batch_norm: params['scale'] is a Partitioned. Expected an array of numbers. Take the arrays "
+        "out of their boxes: flax.linen.unbox(variables).",
+    ),
+    "statistics of all of x": (
+        lambda: call(batch_stats=jbn.init(X.shape)[1]),
+        "jbn.batch_norm: batch_stats['mean'] is float32[8,4,3]. Expected shape (3,). jbn.init takes the "
+        "number of channels, usually x.shape[-1], and not x.shape.",
+    ),
+    "an axis as its name": (
+        lambda: call(axis_name=0),
+        "jbn.batch_norm: axis_name is 0. Expected the name that vmap, pmap or a mesh gave an axis. A number "
+        "is an axis of x: that of the features is axis.",
+    ),
+    "negative weights": (
+        lambda: call(mask=np.float32([1, 1, 1, 1, 0, 0, 0, -1])),
+        "jbn.batch_norm: mask is float32[8] with weights below 0. Expected weights from 0 up. 0 marks what "
+        "takes no part.",
     ),
     "params of a model": (
         lambda: call(params={"BatchNorm_0": PARAMS}),
-        "jbn.batch_norm: params is a mapping with BatchNorm_0. Expected no entry but scale, "
+        "jbn.batch_norm: params is a mapping with BatchNorm_0. Expected only scale, "
         "bias. Pass the collection of one layer, for example "
         "variables['params']['BatchNorm_0'].",
     ),
@@ -94,9 +120,9 @@ TEXTS = {
     ),
     "statistics of a model": (
         lambda: call(batch_stats={"BatchNorm_0": STATS}),
-        "jbn.batch_norm: batch_stats is a mapping with BatchNorm_0. Expected no entry but mean,"
+        "jbn.batch_norm: batch_stats is a mapping with BatchNorm_0. Expected only mean,"
         " var, count, rows. Pass the collection of one layer, for example "
-        "variables['params']['BatchNorm_0'].",
+        "variables['batch_stats']['BatchNorm_0'].",
     ),
     "statistics of another size": (
         lambda: call(batch_stats=jbn.init(4)[1]),

@@ -76,7 +76,7 @@ TEXTS = {
     ),
     "params of a model": (
         lambda: fold(KERNEL, BIAS, {"BatchNorm_0": PARAMS}, STATS),
-        "jbn.tools.fold: params is a mapping with BatchNorm_0. Expected no entry but scale, bias. Pass the "
+        "jbn.tools.fold: params is a mapping with BatchNorm_0. Expected only scale, bias. Pass the "
         "collection of one layer, for example variables['params']['BatchNorm_0'].",
     ),
     "no variance": (

@@ -95,13 +95,6 @@ TEXTS = {
         " each 1 or x's size, or shape (8,) or a leading part of it. True marks what takes part: mask"
         " = jnp.arange(x.shape[0]) < number_of_examples.",
     ),
-    "linen: one value per channel": (
-        lambda: apply(X[:1], use_running_average=False, mutable=["batch_stats"]),
-        "jbn.linen.BatchNorm 'block/bn': x is float32[1,3], one value per channel. Expected a batch "
-        "of at least two values per channel in training. A single value has no variance and would "
-        "turn into bias: use a larger batch, use_running_average=True, or axis_name to normalize over"
-        " several devices.",
-    ),
     "linen: unbound axis": (
         lambda: jbn.linen.BatchNorm(False, axis_name="data").apply(
             jbn.linen.BatchNorm(False).init(jax.random.key(0), X), X, mutable=["batch_stats"]
@@ -113,7 +106,7 @@ TEXTS = {
     "linen: unknown override": (
         lambda: jbn.linen.replace_batch_norm(axis_nane="data").__enter__(),
         "jbn.linen.replace_batch_norm: overrides is axis_nane. Expected fields of jbn.linen.BatchNorm"
-        " (activation, axis, axis_index_groups, axis_name, bias_init, debias, dtype, epsilon, "
+        " (activation, axis, axis_index_groups, axis_name, bias_init, blend, debias, dtype, epsilon, "
         "force_float32_reductions, frozen, mean_init, momentum, param_dtype, renorm, scale_init, "
         "skip_nonfinite, unbiased, use_bias, use_fast_variance, use_running_average, use_scale, "
         "var_init, virtual_batch_size). Check the spelling.",
@@ -151,13 +144,6 @@ TEXTS = {
         "axes, each 1 or x's size, or shape (8,) or a leading part of it. True marks what takes part:"
         " mask = jnp.arange(x.shape[0]) < number_of_examples.",
     ),
-    "nnx: one value per channel": (
-        lambda: nnx_layer()(X[:1]),
-        "jbn.nnx.BatchNorm of 3 features: x is float32[1,3], one value per channel. Expected a batch "
-        "of at least two values per channel in training. A single value has no variance and would "
-        "turn into bias: use a larger batch, use_running_average=True, or axis_name to normalize over"
-        " several devices.",
-    ),
     "nnx: unbound axis": (
         lambda: nnx_layer(axis_name="data")(X),
         "jbn.nnx.BatchNorm of 3 features: axis_name is 'data', which nothing around the call binds. "
@@ -179,12 +165,22 @@ TEXTS = {
         "jbn.nnx.replace_batch_norm: overrides is axis_nane. Expected settings of jbn.nnx.BatchNorm "
         "(use_running_average, axis, momentum, epsilon, dtype, axis_name, axis_index_groups, "
         "use_fast_variance, promote_dtype, frozen, unbiased, debias, skip_nonfinite, "
-        "virtual_batch_size, renorm, activation). Check the spelling.",
+        "virtual_batch_size, renorm, activation, blend). Check the spelling.",
     ),
     "nnx: an override that needs counts": (
         lambda: jbn.nnx.replace_batch_norm(nnx_layer(), momentum=None),
         "jbn.nnx.replace_batch_norm: overrides is momentum=None or debias=True. Expected layers that have "
         "counted their updates from the first one. Make the model with jbn.nnx.BatchNorm and this option, "
         "and load its variables.",
+    ),
+    "linen: a where of another kind": (
+        lambda: jbn.linen.replace_batch_norm(3).__enter__(),
+        "jbn.linen.replace_batch_norm: where is 3. Expected a glob on the paths of layers, a predicate of a "
+        'path, or None. For example where="backbone/*", or where=lambda path: path.startswith("backbone").',
+    ),
+    "nnx: classes that are none": (
+        lambda: jbn.nnx.replace_batch_norm(nnx_layer(), classes=(3,)),
+        "jbn.nnx.replace_batch_norm: classes is (3,). Expected a tuple of classes of modules. For example "
+        "classes=(TheirBatchNorm,).",
     ),
 }

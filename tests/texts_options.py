@@ -116,17 +116,17 @@ TEXTS = {
     ),
     "renorm below one": (
         lambda: call(renorm=jbn.Renorm(0.5, 0.0)),
-        "jbn.batch_norm: renorm is Renorm(r_max=0.5, d_max=0.0). Expected jbn.Renorm(r_max, d_max) "
-        "with scalars, r_max from 1 and d_max from 0 up. The paper ends at jbn.Renorm(3.0, 5.0).",
+        "jbn.batch_norm: renorm is Renorm(r_max=0.5, d_max=0.0, r_min=None). Expected jbn.Renorm(r_max, "
+        "d_max) with scalars, r_max from 1 and d_max from 0 up. The paper ends at jbn.Renorm(3.0, 5.0).",
     ),
     "renorm below zero": (
         lambda: call(renorm=jbn.Renorm(1.0, -1.0)),
-        "jbn.batch_norm: renorm is Renorm(r_max=1.0, d_max=-1.0). Expected jbn.Renorm(r_max, d_max) "
-        "with scalars, r_max from 1 and d_max from 0 up. The paper ends at jbn.Renorm(3.0, 5.0).",
+        "jbn.batch_norm: renorm is Renorm(r_max=1.0, d_max=-1.0, r_min=None). Expected jbn.Renorm(r_max, "
+        "d_max) with scalars, r_max from 1 and d_max from 0 up. The paper ends at jbn.Renorm(3.0, 5.0).",
     ),
     "renorm per channel": (
         lambda: call(renorm=jbn.Renorm(jnp.ones(3), 0.0)),
-        "jbn.batch_norm: renorm is Renorm(r_max=Array([1., 1., 1.], dtype=float32), d_max=0.0). "
+        "jbn.batch_norm: renorm is Renorm(r_max=Array([1., 1., 1.], dtype=float32), d_max=0.0, r_min=None). "
         "Expected jbn.Renorm(r_max, d_max) with scalars, r_max from 1 and d_max from 0 up. The paper "
         "ends at jbn.Renorm(3.0, 5.0).",
     ),
@@ -134,6 +134,26 @@ TEXTS = {
         lambda: call(batch_stats=None, renorm=jbn.Renorm(3.0, 5.0)),
         "jbn.batch_norm: renorm is given, and batch_stats is None. Expected running statistics to "
         "correct towards. Pass the batch_stats of jbn.init, or leave renorm out.",
+    ),
+    "renorm with an r_min above one": (
+        lambda: call(renorm=jbn.Renorm(3.0, 5.0, 1.5)),
+        "jbn.batch_norm: renorm is given with r_min = 1.5. Expected a scalar r_min from 0 to 1, or None. "
+        "None is 1 / r_max, as in the paper.",
+    ),
+    "blend above one": (
+        lambda: call(blend=1.5),
+        "jbn.batch_norm: blend is 1.5. Expected a number from 0 to 1, a scalar array, or None. It weighs the "
+        "running statistics: 1 leaves the batch out.",
+    ),
+    "blend without statistics": (
+        lambda: call(batch_stats=None, blend=0.5),
+        "jbn.batch_norm: blend is given, and batch_stats is None. Expected running statistics to blend with. "
+        "Pass the batch_stats of jbn.init, or leave blend out.",
+    ),
+    "return_moments that is traced": (
+        lambda: jax.jit(lambda flag: call(return_moments=flag))(True),
+        "jbn.batch_norm: return_moments is bool[]. Expected True or False. Under jit make it static, "
+        "jax.jit(..., static_argnames='return_moments'), or close over it.",
     ),
     "renorm of complex numbers": (
         lambda: call(x=Z, batch_stats=COMPLEX, renorm=jbn.Renorm(3.0, 5.0)),

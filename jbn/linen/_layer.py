@@ -1,6 +1,7 @@
 """The layer for Flax linen: variables, and one call into the core."""
 
 import dataclasses
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,9 @@ from jbn._renorm import Renorm
 from jbn._run import run
 from jbn._scalars import check_flag, check_static
 from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
+
+TRAINING_ALONE: ContextVar[bool] = ContextVar("training_alone", default=False)
+"""Whether moments are left in training mode alone: recalibration takes no others."""
 
 serialization.register_serialization_state(
     Moments, lambda moments: dict(vars(moments)), lambda moments, state: dataclasses.replace(moments, **state)
@@ -41,7 +45,7 @@ class BatchNorm(nn.Module):
     - Masked entries take no part at all, whatever they hold, and counts are over all devices. A mask may
       also be `[N]` or `[N, T]`, or hold fractional weights.
     - Statistics come from x as it is given and are kept in float32, whatever `dtype` says.
-    - One value per channel in training is an error, and a fully masked batch updates nothing.
+    - One value per channel in training is a warning, and like a fully masked batch it updates nothing.
 
     Attributes:
       use_running_average: True in evaluation, False in training; here or in the call.
@@ -70,12 +74,14 @@ class BatchNorm(nn.Module):
       virtual_batch_size: examples that are normalized together (ghost batch norm).
       renorm: limits of batch renormalization.
       activation: "relu" gives `relu(y + residual)`.
+      blend: evaluation by `blend * running + (1 - blend) * batch` statistics; nothing is stored.
 
-    The last six are explained at `jbn.batch_norm`. `momentum=None` and `debias` add `count` and `rows` to the
-    collection `batch_stats`, and need a checkpoint that has them.
+    The last seven are explained at `jbn.batch_norm`. `momentum=None` and `debias` add `count` and `rows` to
+    the collection `batch_stats`, and need a checkpoint that has them.
 
-    If `mutable` names the collection `batch_moments`, training leaves the batch's `jbn.Moments` there, merged
-    with those that are there already: recalibration and gradient accumulation read them.
+    If `mutable` names the collection `batch_moments`, the layer leaves the batch's `jbn.Moments` there,
+    merged with those that are there already: recalibration and gradient accumulation read them. In evaluation
+    too, with their gradients, for losses on the statistics of each layer's input.
 
     Example:
       >>> import jax, jax.numpy as jnp, jbn.linen
@@ -112,6 +118,7 @@ class BatchNorm(nn.Module):
     virtual_batch_size: int | None = None
     renorm: Renorm | None = None
     activation: str | None = None
+    blend: float | Array | None = None
 
     @nn.compact
     def __call__(
@@ -139,8 +146,12 @@ class BatchNorm(nn.Module):
         Raises:
           ValueError: an argument that does not fit, or a `batch_stats` that is missing or immutable.
           NameError: an axis name that nothing binds, in training.
+
+        Warns:
+          UserWarning: one value per channel in training: y is bias, and nothing is updated.
         """
-        with naming("jbn.linen.BatchNorm" + (f" {'/'.join(self.path)!r}" if self.path else "")):
+        name = "jbn.linen.BatchNorm" + (f" {'/'.join(self.path)!r}" if self.path else "")
+        with naming(name):
             check_static("BatchNorm", "update_batch_stats", update_batch_stats)
             flag = True if self.frozen else self._mode(use_running_average)
             x, axes = check_x("linen.BatchNorm", x, self.axis)
@@ -169,21 +180,25 @@ class BatchNorm(nn.Module):
                 residual=residual,
                 dtype=dtype,
                 starting=starting,
+                measuring=self._keeps_moments() and not TRAINING_ALONE.get(),
+                layer=name,
             )
         if writes:
-            for name, variable in running.items():
-                variable.value = batch_stats[name]
+            for entry, variable in running.items():
+                variable.value = batch_stats[entry]
         if moments is not None and not starting and self._keeps_moments():
             if self.has_variable("batch_moments", "moments"):
                 moments = merge(self.get_variable("batch_moments", "moments"), moments)
             self.put_variable("batch_moments", "moments", moments)
         return y
 
+    @nn.nowrap
     def _keeps_moments(self) -> bool:
         """Whether the collection is asked for by name: `mutable=True` gives those that Flax gives."""
         asked = None if self.scope is None else self.scope.mutable
         return not isinstance(asked, (bool, DenyList)) and self.is_mutable_collection("batch_moments")
 
+    @nn.nowrap
     def _mode(self, argument: Flag | None) -> Flag:
         """use_running_average, said once: in the constructor or in the call."""
         given = [flag for flag in (self.use_running_average, argument) if flag is not None]
@@ -197,6 +212,7 @@ class BatchNorm(nn.Module):
             )
         return check_flag("linen.BatchNorm", given[0])
 
+    @nn.nowrap
     def _params(self, features: tuple[int, ...]) -> dict[str, Array]:
         params = {}
         if self.use_scale:
@@ -207,6 +223,7 @@ class BatchNorm(nn.Module):
             params = jax.lax.stop_gradient(params)
         return params
 
+    @nn.nowrap
     def _running(self, x: X, features: tuple[int, ...]) -> dict[str, nn.Variable[Array]]:
         """The running statistics. After the parameters, whose keys are then those that Flax gives."""
         if not self.has_variable("batch_stats", "mean") and not self.is_mutable_collection("batch_stats"):

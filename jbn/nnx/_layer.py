@@ -65,12 +65,14 @@ class BatchNorm(nnx.Module):
       renorm: limits of batch renormalization; for a schedule they are scalar arrays from the start on. NNX
         cannot write into them: update a model with `nnx.state(model, nnx.Variable)`.
       activation: "relu" gives `relu(y + residual)`.
+      blend: evaluation by `blend * running + (1 - blend) * batch` statistics; nothing is stored.
 
-    The last six are explained at `jbn.batch_norm`. `momentum=None` and `debias` add the variables `count` and
-    `rows`, which a checkpoint has to have: a count of 0 says that the statistics are the initial ones.
+    The last seven are explained at `jbn.batch_norm`. `momentum=None` and `debias` add the variables `count`
+    and `rows`, which a checkpoint has to have: a count of 0 says that the statistics are the initial ones.
 
-    After `jbn.nnx.keep_batch_moments(model)` training leaves the batch's `jbn.Moments` in the variable
-    `batch_moments`, merged with those that are there, for recalibration and gradient accumulation.
+    After `jbn.nnx.keep_batch_moments(model)` the layer leaves the batch's `jbn.Moments` in the variable
+    `batch_moments`, merged with those that are there, for recalibration and gradient accumulation; in
+    evaluation too, for losses on the statistics of each layer's input.
 
     Example:
       >>> import jax.numpy as jnp, jbn.nnx
@@ -113,6 +115,7 @@ class BatchNorm(nnx.Module):
         virtual_batch_size: int | None = None,
         renorm: Renorm | None = None,
         activation: str | None = None,
+        blend: float | Array | None = None,
     ) -> None:
         """Makes the variables; the arguments are those of the class."""
         shape = (num_features,)
@@ -153,6 +156,7 @@ class BatchNorm(nnx.Module):
         self.virtual_batch_size = virtual_batch_size
         self.renorm = setting(renorm)
         self.activation = activation
+        self.blend = setting(blend)
         with naming(f"jbn.nnx.BatchNorm of {num_features} features"):
             check_start("nnx.BatchNorm", debias, mean_init, var_init)
 
@@ -181,25 +185,32 @@ class BatchNorm(nnx.Module):
         Raises:
           ValueError: an argument that does not fit, or no mode at all.
           NameError: an axis name that nothing binds, in training.
+
+        Warns:
+          UserWarning: one value per channel in training: y is bias, and nothing is updated.
         """
-        with naming(f"jbn.nnx.BatchNorm of {self.num_features} features"):
+        name = f"jbn.nnx.BatchNorm of {self.num_features} features"
+        with naming(name):
             check_static("BatchNorm", "update_batch_stats", update_batch_stats)
             flag = True if self.frozen else self._mode(use_running_average)
             given = (("scale", self.scale), ("bias", self.bias))
-            params = {name: param[...] for name, param in given if param is not None}
+            params = {entry: param[...] for entry, param in given if param is not None}
             y, batch_stats, moments = run(
                 jax.lax.stop_gradient(params) if self.frozen else params,
-                kept({name: variable[...] for name, variable in self._running().items()}, x),
+                kept({entry: variable[...] for entry, variable in self._running().items()}, x),
                 x,
                 flag,
                 Options.of(self),
                 mask=mask,
                 residual=residual,
                 dtype=self._output_dtype(x, params),
+                measuring=self.batch_moments is not None
+                and not getattr(self.batch_moments, "training_alone", False),
+                layer=name,
             )
         if update_batch_stats and flag is not True:
-            for name, variable in self._running().items():
-                value = batch_stats[name]
+            for entry, variable in self._running().items():
+                value = batch_stats[entry]
                 if variable[...].dtype == value.dtype:
                     variable[...] = value
                 else:  # complex or wide from now on

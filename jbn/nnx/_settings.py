@@ -25,6 +25,7 @@ OWN_SETTINGS = {
     "virtual_batch_size": None,
     "renorm": None,
     "activation": None,
+    "blend": None,
 }
 
 
