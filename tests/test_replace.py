@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 import jbn.linen
 import jbn.nnx
@@ -180,3 +181,130 @@ def test_overrides_reach_layers_that_are_replaced_already():
     layer = jbn.nnx.replace_batch_norm(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), axis_name="data")
     assert jbn.nnx.replace_batch_norm(layer, axis_name=None) is layer
     assert layer.axis_name is None
+
+
+# Overrides of layers that are ours already, of some layers, and of classes that somebody else wrote.
+
+
+class TheirBatchNorm(nn.Module):
+    """A model's own copy of the class, with Flax's variables and other fields."""
+
+    use_running_average: bool = False
+    momentum: float = 0.5
+    theirs: str = "something"
+
+    @nn.compact
+    def __call__(self, x):
+        raise AssertionError("this one is replaced")
+
+
+class TwoParts(nn.Module):
+    kind: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        return self.kind(False, name="head")(Block(self.kind, name="backbone")(x))
+
+
+class Block(nn.Module):
+    kind: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        return self.kind(False, name="norm")(x)
+
+
+def moved(model, variables):
+    """The names of the layers whose statistics a training step moves."""
+    _, new = model.apply(variables, X, mutable=["batch_stats"])
+    before, after = (flatten_dict(tree["batch_stats"], sep="/") for tree in (variables, new))
+    return sorted(
+        path.removesuffix("/mean")
+        for path, mean in before.items()
+        if path.endswith("mean") and not np.array_equal(mean, after[path])
+    )
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm, jbn.linen.BatchNorm])
+@pytest.mark.parametrize(
+    ("where", "left"),
+    [
+        (None, []),
+        ("backbone/*", ["head"]),
+        ("*norm", ["head"]),
+        (lambda path: path == "head", ["backbone/norm"]),
+    ],
+)
+def test_overrides_by_path(kind, where, left):
+    model = TwoParts(kind)
+    variables = model.init(jax.random.key(0), X)
+    assert moved(model, variables) == ["backbone/norm", "head"]
+    with jbn.linen.replace_batch_norm(where, frozen=True):
+        assert moved(model, variables) == left
+
+
+def test_contexts_of_different_parts_nest():
+    model = TwoParts(jbn.linen.BatchNorm)
+    variables = model.init(jax.random.key(0), X)
+    with (
+        jbn.linen.replace_batch_norm(where="head", momentum=0.0),
+        jbn.linen.replace_batch_norm(where="backbone/*", frozen=True),
+    ):
+        _, new = model.apply(variables, X, mutable=["batch_stats"])
+    assert_close(new["batch_stats"]["head"]["mean"], (X / np.sqrt(1 + 1e-5)).mean(0), 1e-6)
+    np.testing.assert_array_equal(new["batch_stats"]["backbone"]["norm"]["mean"], np.zeros(3, np.float32))
+
+
+def test_classes_that_somebody_else_wrote():
+    variables = jbn.linen.BatchNorm(False).init(jax.random.key(0), X)
+    with jbn.linen.replace_batch_norm(classes=(TheirBatchNorm,)):
+        _, new = TheirBatchNorm().apply(variables, X, mutable=["batch_stats"])
+    assert_close(new["batch_stats"]["mean"], 0.5 * X.mean(0), 1e-6)
+
+
+def test_a_context_that_replaces_nothing_warns():
+    with (
+        pytest.warns(UserWarning, match=r"modules of Dense ran.*classes=\(TheirBatchNorm,\)"),
+        jbn.linen.replace_batch_norm(),
+    ):
+        nn.Dense(2).init(jax.random.key(0), X)
+    with (
+        pytest.warns(UserWarning, match="look at where="),
+        jbn.linen.replace_batch_norm(where="nowhere"),
+    ):
+        nn.BatchNorm(False).init(jax.random.key(0), X)
+    with jbn.linen.replace_batch_norm():
+        pass  # nothing ran
+    with pytest.warns(UserWarning, match="modules of Linear, and none"):
+        jbn.nnx.replace_batch_norm(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+class NnxTheirs(nnx.Module):
+    """A model's own copy of NNX's class, without some of its settings."""
+
+    def __init__(self, features):
+        self.num_features = features
+        self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(features)), nnx.BatchStat(jnp.ones(features))
+        self.momentum = 0.5
+
+
+def nnx_parts(kind):
+    return nnx.Dict(backbone=nnx.Dict(norm=kind(3, rngs=nnx.Rngs(0))), head=kind(3, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("kind", [nnx.BatchNorm, jbn.nnx.BatchNorm])
+@pytest.mark.parametrize("where", ["backbone/*", lambda path: path == "backbone/norm"])
+def test_overrides_by_path_in_nnx(kind, where):
+    model = jbn.nnx.replace_batch_norm(nnx_parts(kind), where, frozen=True)
+    model.backbone.norm(X), model.head(X)
+    assert type(model.head) is kind
+    assert not np.any(model.backbone.norm.mean[...])
+    assert np.all(model.head.mean[...])
+
+
+def test_classes_of_nnx_that_somebody_else_wrote():
+    layer = jbn.nnx.replace_batch_norm(NnxTheirs(3), classes=(NnxTheirs,), epsilon=0.1)
+    y = layer(X)
+    assert_close(layer.mean[...], 0.5 * X.mean(0), 1e-6)
+    assert_close(y, (X - X.mean(0)) / np.sqrt(X.var(0) + 0.1), 1e-5)

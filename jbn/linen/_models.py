@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -12,13 +13,32 @@ from jaxtyping import Array
 
 from jbn._errors import error
 from jbn._types import Flag, X
-from jbn.linen._layer import BatchNorm
+from jbn._where import Where, check_where, matches
+from jbn.linen._layer import TRAINING_ALONE, BatchNorm
 
-_OVERRIDES: ContextVar[dict[str, Any]] = ContextVar("overrides", default={})  # noqa: B039 - never changed
+
+@dataclasses.dataclass(frozen=True)
+class _Replacement:
+    """What one context replaces, and by what; and of which classes modules ran, and if one was meant."""
+
+    where: Where = None
+    classes: tuple[type[nn.Module], ...] = ()
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ran: dict[str, bool] = dataclasses.field(default_factory=dict, repr=False)
+
+    def means(self, layer: nn.Module) -> bool:
+        known = (nn.BatchNorm, BatchNorm, *self.classes)
+        meant = type(layer) in known and matches(self.where, "/".join(layer.path))
+        name = type(layer).__name__
+        self.ran[name] = self.ran.get(name, False) or meant
+        return meant
+
+
+_ACTIVE: ContextVar[tuple[_Replacement, ...]] = ContextVar("active", default=())
 
 
 class _StandIn(BatchNorm):
-    """In the place of one of Flax's layers, which captures the intermediates of the call that it got."""
+    """In the place of another layer, which captures the intermediates of the call that it got."""
 
     @nn.nowrap
     def sow(self, *args: Any, **kwargs: Any) -> bool:
@@ -26,24 +46,34 @@ class _StandIn(BatchNorm):
 
 
 @contextlib.contextmanager
-def replace_batch_norm(**overrides: Any) -> Iterator[None]:
+def replace_batch_norm(
+    where: Where = None, *, classes: tuple[type[nn.Module], ...] = (), **overrides: Any
+) -> Iterator[None]:
     """Makes every `flax.linen.BatchNorm` that is applied inside run as `jbn.linen.BatchNorm`.
 
-    Models that somebody else wrote get accurate, masked or synchronised batch norm with no edit. Parameters,
-    statistics, modes and settings stay as they are, except for the overrides; an override of
-    `use_running_average` counts for more than what the model says in its calls. Subclasses of Flax's layer,
-    and all other layers, are left alone. Contexts nest, inner overrides first, and hold for one thread.
+    Models that somebody else wrote get accurate, masked or synchronized batch norm with no edit. Parameters,
+    statistics, modes and settings stay as they are, except for the overrides, which reach layers that are
+    `jbn.linen.BatchNorm` already too; an override of `use_running_average` counts for more than what the
+    model says in its calls. Subclasses of these layers, and all others, are left alone. Contexts nest, inner
+    overrides first, and hold for one thread.
 
     What `jax.jit` has compiled outside is traced again inside, once for each set of overrides.
 
     Args:
-      **overrides: fields of `jbn.linen.BatchNorm` that get these values in all layers.
+      where: which layers: a glob on their path, as `"backbone/*"`, in which `*` crosses `/`, or a predicate
+        of the path; None: all.
+      classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables,
+        and those of its fields that have a name of ours. Their subclasses are left alone.
+      **overrides: fields of `jbn.linen.BatchNorm` that get these values in the layers.
 
     Returns:
       A context manager.
 
     Raises:
-      ValueError: an override that is no field of the layer.
+      ValueError: an override that is no field of the layer, a `where` or `classes` of another kind.
+
+    Warns:
+      UserWarning: modules ran inside, and none of them was a batch norm that is meant.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.linen
@@ -55,7 +85,6 @@ def replace_batch_norm(**overrides: Any) -> Iterator[None]:
       [1.]
     """
     fields = _fields(BatchNorm)
-    shared = fields & _fields(nn.BatchNorm)
     if unknown := sorted(set(overrides) - fields):
         raise error(
             "linen.replace_batch_norm",
@@ -64,31 +93,60 @@ def replace_batch_norm(**overrides: Any) -> Iterator[None]:
             f"fields of jbn.linen.BatchNorm ({', '.join(sorted(fields))})",
             "Check the spelling.",
         )
+    check_where("linen.replace_batch_norm", where, classes, nn.Module)
+    replacement = _Replacement(where, tuple(classes), overrides)
+    with _replacing(replacement):
+        yield
+    if replacement.ran and not any(replacement.ran.values()):
+        ran = ", ".join(sorted(replacement.ran))
+        warnings.warn(
+            f"jbn.linen.replace_batch_norm: modules of {ran} ran, and none was a batch "
+            "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=.",
+            stacklevel=3,
+        )
 
+
+@contextlib.contextmanager
+def training_moments_alone() -> Iterator[None]:
+    """`replace_batch_norm()` in which layers leave moments in training mode only, as recalibration needs."""
+    token = TRAINING_ALONE.set(True)
+    try:
+        with _replacing(_Replacement()), set_xla_metadata(jbn_training_moments="alone"):
+            yield
+    finally:
+        TRAINING_ALONE.reset(token)
+
+
+@contextlib.contextmanager
+def _replacing(replacement: _Replacement) -> Iterator[None]:
     def intercept(
         call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
-        flax_layer = context.module
-        if type(flax_layer) is not nn.BatchNorm or context.method_name != "__call__":
+        layer = context.module
+        if context.method_name != "__call__" or isinstance(layer, _StandIn):
             return call(*args, **kwargs)
-        settings = {name: getattr(flax_layer, name) for name in shared}
-        scope: Any = flax_layer.scope  # ours has its variables where Flax's has them
-        ours = _StandIn(**(settings | _OVERRIDES.get()), parent=scope)
+        meant = [each for each in _ACTIVE.get() if each.means(layer)]
+        overrides = {name: value for each in meant for name, value in each.overrides.items()}
+        if not meant or (type(layer) is BatchNorm and not overrides):
+            return call(*args, **kwargs)
+        settings = {name: getattr(layer, name) for name in _fields(BatchNorm) & _fields(type(layer))}
+        scope: Any = layer.scope  # ours has its variables where the other has them
+        ours = _StandIn(**(settings | overrides), parent=scope)
 
         def run(x: X, use_running_average: Flag | None = None, **options: Any) -> Array:
-            overridden = "use_running_average" in _OVERRIDES.get()
+            overridden = "use_running_average" in overrides
             return ours(x, None if overridden else use_running_average, **options)
 
         return run(*args, **kwargs)
 
-    token = _OVERRIDES.set(_OVERRIDES.get() | overrides)
-    # Metadata is part of the key by which JAX finds what it has traced, overrides must be too.
-    traced_again = set_xla_metadata(jbn_replace_batch_norm=repr(sorted(_OVERRIDES.get().items())))
+    token = _ACTIVE.set((*_ACTIVE.get(), replacement))
+    # Metadata is part of the key by which JAX finds what it has traced, replacements must be too.
+    traced_again = set_xla_metadata(jbn_replace_batch_norm=repr(_ACTIVE.get()))
     try:
         with nn.intercept_methods(intercept), traced_again:
             yield
     finally:
-        _OVERRIDES.reset(token)
+        _ACTIVE.reset(token)
 
 
 def _fields(layer: type[nn.Module]) -> set[str]:

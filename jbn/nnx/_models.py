@@ -1,5 +1,7 @@
 """Models of NNX as they are: batch norms that keep moments, and ours in the place of Flax's."""
 
+import inspect
+import warnings
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -8,11 +10,16 @@ from flax import nnx
 from jbn._errors import error
 from jbn._moments import Moments
 from jbn._options import counters
+from jbn._where import Where, check_where, matches
 from jbn.nnx._layer import BatchNorm
 from jbn.nnx._moments import BatchMoments
 from jbn.nnx._settings import FLAX_SETTINGS, OWN_SETTINGS, setting
 
 Model = TypeVar("Model", bound=nnx.Module)
+
+_DEFAULTS = OWN_SETTINGS | {
+    name: inspect.signature(BatchNorm.__init__).parameters[name].default for name in FLAX_SETTINGS
+}
 
 
 def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
@@ -37,23 +44,32 @@ def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
             layer.batch_moments = nnx.data(BatchMoments(Moments(zero, mean, zero)) if keep else None)
 
 
-def replace_batch_norm(model: Model, **overrides: Any) -> Model:
-    """A model in which every `flax.nnx.BatchNorm` is a `jbn.nnx.BatchNorm`.
+def replace_batch_norm(
+    model: Model, where: Where = None, *, classes: tuple[type[nnx.Module], ...] = (), **overrides: Any
+) -> Model:
+    """Makes every `flax.nnx.BatchNorm` of a model a `jbn.nnx.BatchNorm`, in place.
 
-    Models that somebody else wrote get accurate, masked or synchronised batch norm with no edit. The layers
+    Models that somebody else wrote get accurate, masked or synchronized batch norm with no edit. The layers
     are changed in place, wherever in the model they are held, and share their variables, modes and settings
     with what they were, except for the overrides. Those that are `jbn.nnx.BatchNorm` already get the
     overrides too. Subclasses, and all other layers, are left alone.
 
     Args:
-      model: any NNX module, a single batch norm included.
-      **overrides: attributes of `jbn.nnx.BatchNorm` that get these values in all layers.
+      model: any NNX module, a single batch norm included; it is changed.
+      where: which layers: a glob on their path, as `"backbone/*"`, in which `*` crosses `/`, or a predicate
+        of the path; None: all.
+      classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables
+        and attributes. Their subclasses are left alone.
+      **overrides: attributes of `jbn.nnx.BatchNorm` that get these values in the layers.
 
     Returns:
-      The model.
+      The model that was given.
 
     Raises:
-      ValueError: an override that is no attribute of the layer.
+      ValueError: an override that is no attribute of the layer, a `where` or `classes` of another kind.
+
+    Warns:
+      UserWarning: no module of the model was a batch norm that is meant.
 
     Example:
       >>> import jax.numpy as jnp, jbn.nnx
@@ -72,10 +88,22 @@ def replace_batch_norm(model: Model, **overrides: Any) -> Model:
             f"settings of jbn.nnx.BatchNorm ({', '.join(settings)})",
             "Check the spelling.",
         )
-    modules = [module for _, module in nnx.iter_modules(model)]
+    check_where("nnx.replace_batch_norm", where, classes, nnx.Module)
+    kinds = (nnx.BatchNorm, BatchNorm, *classes)
+    modules = [
+        module
+        for path, module in nnx.iter_modules(model)
+        if type(module) in kinds and matches(where, "/".join(map(str, path)))
+    ]
+    if not modules:
+        ran = sorted({type(module).__name__ for _, module in nnx.iter_modules(model)})
+        warnings.warn(
+            f"jbn.nnx.replace_batch_norm: the model has modules of {', '.join(ran)}, and none is a batch "
+            "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=.",
+            stacklevel=2,
+        )
     if counters(overrides.get("momentum", 0.0), overrides.get("debias", False)) and any(
-        type(module) in (nnx.BatchNorm, BatchNorm) and getattr(module, "count", None) is None
-        for module in modules
+        getattr(module, "count", None) is None for module in modules
     ):
         raise error(
             "nnx.replace_batch_norm",
@@ -86,13 +114,13 @@ def replace_batch_norm(model: Model, **overrides: Any) -> Model:
         )
     for module in modules:
         layer: Any = module
-        if type(module) is nnx.BatchNorm:
+        if type(module) is not BatchNorm:
             # The class alone: wherever the layer is held, and by however many, it stays one object.
             layer.__class__ = BatchNorm
             layer.count, layer.rows, layer.batch_moments = (nnx.data(None) for _ in range(3))
-            for name, value in OWN_SETTINGS.items():
-                setattr(layer, name, value)
-        if type(module) is BatchNorm:
-            for name, value in overrides.items():
-                setattr(layer, name, setting(value))
+            for name, value in _DEFAULTS.items():
+                if name in OWN_SETTINGS or not hasattr(layer, name):
+                    setattr(layer, name, value)
+        for name, value in overrides.items():
+            setattr(layer, name, setting(value))
     return model

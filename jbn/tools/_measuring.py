@@ -8,8 +8,8 @@ from flax import nnx
 
 from jbn._errors import error
 from jbn._types import describe
-from jbn.linen import replace_batch_norm
-from jbn.nnx import BatchMoments, keep_batch_moments
+from jbn.linen._models import training_moments_alone
+from jbn.nnx import BatchMoments, BatchNorm, keep_batch_moments
 from jbn.nnx import replace_batch_norm as replace_nnx
 from jbn.tools._trees import without_batch_moments
 
@@ -37,7 +37,7 @@ def linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], 
     start = without_batch_moments(_CALL, variables)
 
     def measure(batch: Any) -> Any:
-        with replace_batch_norm():
+        with training_moments_alone():
             return step(start, batch)
 
     return measure
@@ -48,6 +48,9 @@ def nnx_step(apply_fn: Callable[..., Any], model: nnx.Module) -> Callable[[Any],
     copy = replace_nnx(nnx.clone(model))
     copy.train()
     keep_batch_moments(copy)
+    for _, layer in nnx.iter_modules(copy):
+        if isinstance(layer, BatchNorm) and layer.batch_moments is not None:
+            layer.batch_moments.set_metadata(training_alone=True)
     graph, whole = nnx.split(copy)
     rngs, state = nnx.split_state(whole, nnx.RngState, ...)
 
