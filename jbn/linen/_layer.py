@@ -66,8 +66,8 @@ class BatchNorm(nn.Module):
       force_float32_reductions: accepted, and changes nothing: reductions are in float32 or wider.
       mean_init: initializer of the running mean.
       var_init: initializer of the running variance.
-      frozen: uses the running statistics, writes nothing, and gives no gradient to scale and bias: the whole
-        layer is a constant, whatever the mode.
+      frozen: uses the running statistics, writes nothing, and gives no gradient to scale and bias, whatever
+        the mode. Weight decay still moves scale and bias: the labels of `jbn.tools.freeze` keep it away.
       unbiased: whether the variance that is stored is multiplied by n / (n - 1).
       debias: whether evaluation divides out what is left of the initial 0 and 1.
       skip_nonfinite: whether a batch whose statistics hold NaN or inf updates nothing.

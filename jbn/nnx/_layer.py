@@ -56,8 +56,8 @@ class BatchNorm(nnx.Module):
       scale_metadata: of the Param scale.
       mean_init: initializer of the running mean; None: zeros.
       var_init: initializer of the running variance; None: ones.
-      frozen: uses the running statistics, writes nothing, and gives no gradient to scale and bias: the whole
-        layer is a constant, whatever the mode.
+      frozen: uses the running statistics, writes nothing, and gives no gradient to scale and bias, whatever
+        the mode. Weight decay still moves scale and bias: the labels of `jbn.tools.freeze` keep it away.
       unbiased: whether the variance that is stored is multiplied by n / (n - 1).
       debias: whether evaluation divides out what is left of the initial 0 and 1.
       skip_nonfinite: whether a batch whose statistics hold NaN or inf updates nothing.
