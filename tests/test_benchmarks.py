@@ -6,8 +6,9 @@ import pathlib
 import sys
 
 import numpy as np
+import pytest
 
-from benchmarks import accuracy, hlo, tables, timing
+from benchmarks import accuracy, hlo, tables, timing, variances
 from benchmarks.__main__ import main
 from benchmarks.contestants import LAYERS
 from tests.cases import loosely
@@ -91,6 +92,18 @@ def test_the_command_runs(monkeypatch, capsys):
     assert "\n| jbn | " in out
     assert "\n| Flax" not in out
     assert "Not measured: JAX finds no GPU on this machine" in out
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_picture_shows_what_the_readme_says(tmp_path):
+    """At an offset of 1 Flax is right on one device, and on many its mean of the means is not."""
+    found = variances.errors([1.0, 1e4])
+    alone, cut = np.array(list(found["Flax's default"]))
+    assert alone[0] < 1e-6 < 1 < alone[1]
+    assert cut[0] > 0.1
+    assert 0 < np.max(found["jbn"]) < 1e-6
+    variances.draw([1.0, 1e4], found, tmp_path / "variances.png")
+    assert (tmp_path / "variances.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_table_is_markdown():
