@@ -95,11 +95,12 @@ def save_picture(figure: Figure, path: Path) -> None:
 
 def _draw_loss(axes: Axes, columns: Mapping[str, np.ndarray]) -> None:
     steps, loss = columns["step"], columns["loss"]
-    axes.plot(steps, loss, color="0.8", linewidth=1)
-    width = max(1, len(loss) // 20)
-    smooth = [loss[max(0, i - width) : i + 1].mean() for i in range(len(loss))]
-    axes.plot(steps, smooth, color="tab:blue")
-    axes.set(title="training loss (grey: single batches)", xlabel="step", yscale="log")
+    axes.plot(steps, loss, color="0.8", linewidth=1, label="single batches")
+    width = max(2, len(loss) // 20)
+    smooth = [loss[max(0, i + 1 - width) : i + 1].mean() for i in range(len(loss))]
+    axes.plot(steps, smooth, color="tab:blue", label=f"mean of the last {width} of them")
+    axes.legend(frameon=False, fontsize="small")
+    axes.set(title="training loss", xlabel="step", yscale="log")
 
 
 def _draw_accuracy(axes: Axes, columns: Mapping[str, np.ndarray]) -> None:
@@ -108,7 +109,9 @@ def _draw_accuracy(axes: Axes, columns: Mapping[str, np.ndarray]) -> None:
     axes.plot(steps, accuracy, "o-", color="tab:green")
     for step, value in zip(steps, accuracy, strict=True):
         axes.annotate(f"{value:.4f}", (step, value), (5, -12), **LABEL)
-    axes.margins(0.15, 0.2)
+    # From one point alone matplotlib would make an axis of a few steps, and of accuracies above 1.
+    if len(steps):
+        axes.set(xlim=(0, 1.15 * steps[-1]), ylim=(accuracy.min() - 0.2 * (1.01 - accuracy.min()), 1.0))
     axes.set(title="test accuracy after each epoch", xlabel="step")
 
 

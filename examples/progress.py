@@ -1,22 +1,20 @@
 """A progress bar, and a Ctrl-C that lets the step in progress end."""
 
 import signal
-import sys
 from types import FrameType
 
 from tqdm import tqdm
 
 
 def progress_bar(description: str, total: int, *, done: int = 0, visible: bool = True) -> tqdm:
-    """A bar that counts images and shows their rate; rarely refreshed where that is a line of a log."""
+    """A bar that counts images and shows their rate; none in a log, where every refresh would be a line."""
     return tqdm(
         desc=description,
         total=total,
         initial=done,
-        disable=not visible,
+        disable=None if visible else True,  # None: shown where stderr is a terminal
         unit=" images",
         leave=False,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
     )
 
 
