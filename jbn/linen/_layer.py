@@ -39,7 +39,7 @@ class BatchNorm(nn.Module):
     var) and output dtypes: changing the import is the whole migration, and checkpoints load. In training the
     statistics are the batch's, over every axis but `axis` and over `axis_name`, and the running ones are
     updated (make `batch_stats` mutable); in evaluation they are the running ones.
-    Where Flax is wrong it differs, among others in these points (docs/pages/migrate/flax.md lists all):
+    Where Flax is wrong it differs, among others in these points (the documentation's page on it lists all):
 
     - Statistics are accurate: N(1e4, 1) has variance 1, where E[x^2] - E[x]^2 in float32 says 0 to 24.
     - Masked entries take no part at all, whatever they hold, and counts are over all devices. A mask may

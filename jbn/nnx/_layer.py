@@ -30,7 +30,8 @@ class BatchNorm(nnx.Module):
 
     The same constructor and call arguments, defaults, variables (`nnx.Param` scale and bias, `nnx.BatchStat`
     mean and var) and output dtypes: changing the import is the whole migration, and checkpoints load. What
-    differs from Flax is listed in docs/pages/migrate/flax.md, and the main points at `jbn.linen.BatchNorm`.
+    differs from Flax is listed on the documentation's page on it, and the main points at
+    `jbn.linen.BatchNorm`.
 
     Args:
       num_features: the number of channels.
