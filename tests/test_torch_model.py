@@ -115,6 +115,16 @@ def test_nnx_modules():
     np.testing.assert_array_equal(state["bn.running_var"], layers[1].var[...])
 
 
+@pytest.mark.parametrize("mapping", [MAPPING, {"": "Dense_0"}], ids=["model", "layer"])
+def test_prefixed_names_of_data_parallel_models(mapping):
+    weights = {"weight": X[0, 0], "bias": X[0, 0, :, 0]}
+    state = weights if "" in mapping else jbn.tools.torch_state_dict(flax_arrays(), mapping)
+    prefixed = {f"module.{name}": array for name, array in state.items()}
+    variables = jbn.tools.from_torch_state_dict(prefixed, mapping, prefix="module.")
+    assert_same(variables, jbn.tools.from_torch_state_dict(state, mapping))
+    assert_same(jbn.tools.torch_state_dict(variables, mapping, prefix="module."), prefixed)
+
+
 def without(name):
     return {module: path for module, path in MAPPING.items() if module != name}
 
@@ -122,6 +132,11 @@ def without(name):
 def into_flax(mapping, **changed):
     state = jbn.tools.torch_state_dict(flax_arrays(), MAPPING)
     return jbn.tools.from_torch_state_dict(state | changed, mapping)
+
+
+def prefixed_into_flax(prefix, **changed):
+    state = jbn.tools.torch_state_dict(flax_arrays(), MAPPING, prefix="module.")
+    return jbn.tools.from_torch_state_dict(state | changed, MAPPING, prefix=prefix)
 
 
 KIND = (
@@ -157,6 +172,22 @@ TEXTS = {
         lambda: jbn.tools.torch_state_dict(flax_arrays(), without("bn2")),
         "jbn.tools.torch_state_dict: variables is one with the unmapped batch_stats/BatchNorm_1/mean, "
         "batch_stats/BatchNorm_1/var, params/BatchNorm_1/bias, params/BatchNorm_1/scale. " + COVER,
+    ),
+    "PyTorch modules with a prefix that is not said": (
+        lambda: prefixed_into_flax(""),
+        "jbn.tools.from_torch_state_dict: state_dict is one with the unmapped module.conv1.weight, "
+        "module.bn1.weight, module.bn1.bias, module.bn1.running_mean, and 11 more and nothing of the mapped "
+        "'conv1', 'bn1', 'conv2', 'bn2', and 2 more. Expected exactly what mapping names. Pass "
+        "prefix='module.', with which every name begins.",
+    ),
+    "PyTorch modules without the prefix": (
+        lambda: prefixed_into_flax("module.", step=VECTOR),
+        f"jbn.tools.from_torch_state_dict: state_dict is one with the unmapped step. {COVER}",
+    ),
+    "a prefix that is no text": (
+        lambda: prefixed_into_flax(("module",)),
+        "jbn.tools.from_torch_state_dict: prefix is a tuple of 1. Expected what each name in the state_dict "
+        "begins with. For example 'module.', as torch.nn.DataParallel has it.",
     ),
     "PyTorch modules that are not there": (
         lambda: into_flax(MAPPING | {"conv9": "Conv_9"}),

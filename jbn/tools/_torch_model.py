@@ -15,16 +15,19 @@ from jbn._types import describe
 from jbn.tools._arrays import to_jax, to_numpy
 from jbn.tools._libraries import brief
 from jbn.tools._torch import from_torch, to_torch
-from jbn.tools._trees import Path, Variables, collections, path_name
+from jbn.tools._trees import Path, Variables, collections, path_name, some
 
 ModuleMapping: TypeAlias = Mapping[str, str | Path]
 """PyTorch module ("layer1.0.bn1") to Flax module ("BasicBlock_0/BatchNorm_0", or a tuple)."""
 
 _KINDS = "the arrays of a Conv, Dense or batch norm"
+_COVER = "Map each module that has arrays, and no other; take out what you convert by hand."
 _OTHERS = "Convert other kinds by hand, and leave them out of both sides."
 
 
-def from_torch_state_dict(state_dict: Mapping[str, Any], mapping: ModuleMapping) -> dict[str, Any]:
+def from_torch_state_dict(
+    state_dict: Mapping[str, Any], mapping: ModuleMapping, *, prefix: str = ""
+) -> dict[str, Any]:
     """Flax variables of a PyTorch model.
 
     - Batch norm: as `from_torch`. Its counter becomes `count` beside mean and var; Flax's layers leave it as
@@ -44,14 +47,16 @@ def from_torch_state_dict(state_dict: Mapping[str, Any], mapping: ModuleMapping)
       state_dict: tensors of any dtype and device, or arrays.
       mapping: the PyTorch module, such as "layer1.0.bn1" ("" is the model itself), to the Flax module, such
         as "BasicBlock_0/BatchNorm_0" or a tuple: each module with arrays of its own, once.
+      prefix: what each name begins with and the mapping leaves out, such as the "module." of
+        `torch.nn.DataParallel`.
 
     Returns:
       `{"params": ..., "batch_stats": ...}`, without a collection that would be empty. Copies, as JAX arrays
       of the same values and dtypes.
 
     Raises:
-      ValueError: entries that no module of the mapping has, modules without an entry, or of another kind, all
-        by name.
+      ValueError: entries that no module of the mapping has, modules without an entry, or of another kind, the
+        first of them by name.
 
     Example:
       >>> import numpy as np, jax, jbn.tools
@@ -81,16 +86,22 @@ def from_torch_state_dict(state_dict: Mapping[str, Any], mapping: ModuleMapping)
     if wrong := [repr(key) for key in state_dict if not isinstance(key, str)]:
         expected = "names of arrays such as 'fc.weight'"
         raise error(call, "state_dict", f"one with {', '.join(wrong)}", expected, fix)
+    _check_prefix(call, prefix)
     modules: dict[str, dict[str, Any]] = {}
+    left = []
     for key, value in state_dict.items():
-        prefix, _, name = key.rpartition(".")
-        modules.setdefault(prefix, {})[name] = value
-    left = [key for key in state_dict if key.rpartition(".")[0] not in paths]
-    _check_covered(call, "state_dict", left, [prefix for prefix in paths if prefix not in modules])
+        module, _, name = key.removeprefix(prefix).rpartition(".")
+        if module in paths and key.startswith(prefix):
+            modules.setdefault(module, {})[name] = value
+        else:
+            left.append(key)
+    common = _common_prefix(state_dict, paths)
+    fix = f"Pass prefix={common!r}, with which every name begins." if common not in ("", prefix) else _COVER
+    _check_covered(call, "state_dict", left, [module for module in paths if module not in modules], fix)
     flat: dict[str, dict[Path, Any]] = {"params": {}, "batch_stats": {}}
-    for prefix, path in paths.items():
-        with naming(f"jbn.{call} module {prefix!r}"):
-            for collection, arrays in _from_module(call, modules[prefix]).items():
+    for module, path in paths.items():
+        with naming(f"jbn.{call} module {module!r}"):
+            for collection, arrays in _from_module(call, modules[module]).items():
                 flat[collection] |= {(*path, name): array for name, array in arrays.items()}
     taken = {full for tree in flat.values() for full in tree}
     inside = [path for path in paths.values() if any(path[:n] in taken for n in range(len(path) + 1))]
@@ -101,7 +112,9 @@ def from_torch_state_dict(state_dict: Mapping[str, Any], mapping: ModuleMapping)
     return {collection: unflatten_dict(leaves) for collection, leaves in flat.items() if leaves}
 
 
-def torch_state_dict(variables: Variables, mapping: ModuleMapping) -> dict[str, np.ndarray]:
+def torch_state_dict(
+    variables: Variables, mapping: ModuleMapping, *, prefix: str = ""
+) -> dict[str, np.ndarray]:
     """The state_dict of a PyTorch model: the inverse of `from_torch_state_dict`, bit for bit.
 
         arrays = torch_state_dict(variables, mapping)
@@ -112,13 +125,14 @@ def torch_state_dict(variables: Variables, mapping: ModuleMapping) -> dict[str, 
     Args:
       variables: linen variables with `params` and `batch_stats` only, or an NNX module.
       mapping: as for `from_torch_state_dict`.
+      prefix: what each name shall begin with, before what the mapping says.
 
     Returns:
       NumPy arrays, copies, by name.
 
     Raises:
-      ValueError: leaves that no module of the mapping has, modules without a leaf, or of another kind, all by
-        name.
+      ValueError: leaves that no module of the mapping has, modules without a leaf, or of another kind, the
+        first of them by name.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, jbn.tools
@@ -129,24 +143,25 @@ def torch_state_dict(variables: Variables, mapping: ModuleMapping) -> dict[str, 
     """
     call = "tools.torch_state_dict"
     paths = _paths(call, mapping)
+    _check_prefix(call, prefix)
     modules: dict[Path, dict[str, dict[str, Any]]] = {}
     left = []
     for collection, tree in collections(call, variables).items():
         for full, value in flatten_dict(tree).items():
             path: Path = tuple(map(str, full[:-1]))
             if path in paths.values() and collection in ("params", "batch_stats"):
-                module = modules.setdefault(path, {"params": {}, "batch_stats": {}})
-                module[collection][full[-1]] = value
+                entries = modules.setdefault(path, {"params": {}, "batch_stats": {}})
+                entries[collection][full[-1]] = value
             else:
                 left.append(path_name((collection, *full)))
-    _check_covered(
-        call, "variables", left, [path_name(path) for path in paths.values() if path not in modules]
-    )
+    empty = [path_name(path) for path in paths.values() if path not in modules]
+    _check_covered(call, "variables", left, empty, _COVER)
     state_dict: dict[str, np.ndarray] = {}
-    for prefix, path in paths.items():
-        with naming(f"jbn.{call} module {prefix!r}"):
+    for module, path in paths.items():
+        with naming(f"jbn.{call} module {module!r}"):
             arrays = _to_module(call, **modules[path])
-        state_dict |= {f"{prefix}.{name}" if prefix else name: array for name, array in arrays.items()}
+        start = f"{prefix}{module}." if module else prefix
+        state_dict |= {f"{start}{name}": array for name, array in arrays.items()}
     return state_dict
 
 
@@ -201,11 +216,25 @@ def _paths(call: str, mapping: Any) -> dict[str, Path]:
     return paths
 
 
-def _check_covered(call: str, argument: str, left: Collection[str], empty: Collection[str]) -> None:
+def _check_prefix(call: str, prefix: Any) -> None:
+    if not isinstance(prefix, str):
+        fix = "For example 'module.', as torch.nn.DataParallel has it."
+        raise error(call, "prefix", brief(prefix), "what each name in the state_dict begins with", fix)
+
+
+def _common_prefix(keys: Collection[str], paths: Collection[str]) -> str:
+    """What every name begins with before modules that are mapped: data parallel models have "module."."""
+    modules = [key.rpartition(".")[0].split(".") for key in keys]
+    first = modules[0] if modules else []
+    tails = [tail for tail in range(1, len(first) + 1) if ".".join(first[tail:]) in paths]
+    common = [first[:tail] for tail in tails if all(module[:tail] == first[:tail] for module in modules)]
+    return ".".join([*common[0], ""]) if common else ""
+
+
+def _check_covered(call: str, argument: str, left: list[str], empty: list[str], fix: str) -> None:
     """Nothing is dropped, and nothing is mapped in vain."""
-    found = [f"the unmapped {', '.join(left)}"] if left else []
+    found = [f"the unmapped {some(left)}"] if left else []
     names = [repr(name or "the model itself") for name in empty]
-    found += [f"nothing of the mapped {', '.join(names)}"] if names else []
+    found += [f"nothing of the mapped {some(names)}"] if names else []
     if found:
-        fix = "Map each module that has arrays, and no other; take out what you convert by hand."
         raise error(call, argument, f"one with {' and '.join(found)}", "exactly what mapping names", fix)
