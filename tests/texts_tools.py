@@ -200,6 +200,16 @@ TEXTS = {
         "jbn.tools.merge_replicas 'bn': mean and var is float32[2,3] and float32[2,1]. Expected floating "
         f"arrays of one shape. {REPLICAS}",
     ),
+    "replicas that are one": (
+        lambda: merge(mean=np.arange(8, dtype=np.float32), var=np.ones(8, np.float32)),
+        "jbn.tools.merge_replicas 'bn': mean is float32[8]. Expected an axis of replicas and one of "
+        f"channels. {REPLICAS}",
+    ),
+    "replicas that are one, with a count": (
+        lambda: jbn.tools.merge_replicas(jbn.init(3, count=True)[1]),
+        "jbn.tools.merge_replicas: batch_stats is arrays of float32[3], int32[]. Expected one number of "
+        f"replicas along axis 0, in all of them. {REPLICAS}",
+    ),
     "averages of two trees": (
         lambda: jbn.tools.ema({"a": zeros(2)}, {"b": zeros(2)}, 0.5),
         "jbn.tools.ema: new is of another structure than average. Expected the same model after a step of "

@@ -95,6 +95,9 @@ def _merged(call: str, stats: Any, axis: int) -> Any:
         if not kinds or mean.shape != var.shape:
             got = f"{describe(mean)} and {describe(var)}"
             raise error(at(call, path), "mean and var", got, "floating arrays of one shape", _REPLICAS)
+        if mean.ndim < 2:  # its axis is that of the channels
+            expected = "an axis of replicas and one of channels"
+            raise error(at(call, path), "mean", describe(mean), expected, _REPLICAS)
         flat[*path, "mean"], flat[*path, "var"] = _pooled(mean, var, flat.get((*path, "rows")), axis)
         for name, reduce in (("count", jnp.max), ("rows", jnp.sum)):
             if (*path, name) in flat:
