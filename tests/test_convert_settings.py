@@ -68,6 +68,12 @@ def test_settings_there_and_back(library, theirs, ours):
     assert settings_to(library, **ours) == theirs
 
 
+@pytest.mark.parametrize("axis", [[3], (3,), 3])
+def test_axes_as_keras_stores_them(axis):
+    """Keras 2 and `tf.layers` make a list of the axis."""
+    assert settings_from("keras", axis=axis)["axis"] == 3
+
+
 @pytest.mark.parametrize(("library", "theirs", "ours"), SETTINGS.values(), ids=SETTINGS)
 def test_layers_take_the_settings(library, theirs, ours):
     fields = set(jbn.linen.BatchNorm.__dataclass_fields__)

@@ -24,7 +24,7 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
 
     - "torch": momentum=0.1, eps=1e-5, affine=True, bias=True. momentum weighs the NEW batch: 0.1 is 0.9 here;
       None, the cumulative average, stays None (it is not 0).
-    - "keras": axis=-1, momentum=0.99, epsilon=1e-3, scale=True, center=True.
+    - "keras": axis=-1, momentum=0.99, epsilon=1e-3, scale=True, center=True; Keras 2 has [axis].
     - "haiku": decay_rate, create_scale, create_offset, eps=1e-5, cross_replica_axis=None,
       cross_replica_axis_index_groups=None, data_format="channels_last", or letters such as "NHWC".
       decay_rate is momentum here.
@@ -57,6 +57,8 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
     ours = {key: theirs.get(name, default) for name, (key, default) in table.items()}
     if library == "haiku":
         ours["axis"] = _feature_axis(call, ours["axis"])
+    if library == "keras" and isinstance(ours["axis"], (list, tuple)) and len(ours["axis"]) == 1:
+        ours["axis"] = ours["axis"][0]  # how Keras 2 and TensorFlow store it
     for name, (key, _) in table.items():
         _check_value(call, name, key, ours[key])
     if library == "torch":
