@@ -19,6 +19,20 @@ pytestmark = pytest.mark.usefixtures("flax_promotion")
 TOLERANCE = tolerance(np.float32)
 
 
+@pytest.mark.parametrize("form", ["variables", "paths"])
+def test_moments_that_a_checkpoint_made_dicts_of(form):
+    """As Orbax restores them without a target."""
+    variables, train = linen()
+    _, found = train(variables, X, mutable=["batch_moments"], update_batch_stats=False)
+    taken_apart = jax.tree.map(lambda m: dict(vars(m)), found, is_leaf=lambda m: isinstance(m, jbn.Moments))
+    layers = taken_apart["batch_moments"]
+    given = taken_apart if form == "variables" else {name: layers[name]["moments"] for name in layers}
+    assert_trees_close(
+        jbn.tools.apply_moments(variables, given), jbn.tools.apply_moments(variables, found), 0.0
+    )
+    assert jbn.tools.report(variables, given).rows == jbn.tools.report(variables, found).rows
+
+
 def test_accumulated_gradients_with_one_update_of_the_statistics():
     """64 rows of N(5, 2) in 4 micro-batches: the statistics are those of one batch, and Optax steps once."""
     x = (np.random.default_rng(3).standard_normal((64, 3)) * 2 + 5).astype(np.float32)

@@ -147,11 +147,10 @@ def test_an_evaluation_that_is_not_asked_reduces_nothing():
 def test_recalibration_takes_those_of_training_mode_alone():
     """Under a model that evaluates, nothing has been measured that training would see."""
     start = variables()
-    with pytest.warns(UserWarning, match="never ran in training mode"):
-        new = jbn.tools.recalibrate(Net().apply, start, [X], progress=False)
-    assert_trees_close(new["batch_stats"], start["batch_stats"], 0.0)
+    with pytest.raises(ValueError, match="no batch norm had rows in training mode"):
+        jbn.tools.recalibrate(Net().apply, start, [X], progress=False)
     frozen = NnxNet(start)
     for norm in frozen.norms:
         norm.frozen = True
-    with pytest.warns(UserWarning, match="never ran in training mode"):
+    with pytest.raises(ValueError, match="no batch norm had rows in training mode"):
         jbn.tools.recalibrate(lambda model, x: model(x), frozen, [X], progress=False)

@@ -132,23 +132,119 @@ def test_sharded_batches_are_measured_as_a_whole():
 
 
 class Scanned(nn.Module):
+    collections: tuple[str, ...] = ("params", "batch_stats")
+
     @nn.compact
     def __call__(self, x):
-        axes = dict.fromkeys(("params", "batch_stats", "batch_moments"), 0)
         scan = nn.scan(
             lambda layer, x, _: (2 * layer(x), None),
-            variable_axes=axes,
+            variable_axes=dict.fromkeys(self.collections, 0),
             split_rngs={"params": True},
             length=2,
         )
         return scan(jbn.linen.BatchNorm(use_running_average=False, name="layers"), x, None)[0]
 
 
-def test_scanned_layers():
-    net = Scanned()
+@pytest.mark.parametrize("more", [(), ("batch_moments",)], ids=["statistics", "moments too"])
+def test_scanned_layers(more):
+    net = Scanned(("params", "batch_stats", *more))
     variables = net.init(jax.random.key(0), X)
     mean = jbn.tools.recalibrate(net.apply, variables, PARTS)["batch_stats"]["layers"]["mean"]
     assert_close(mean, np.stack([X.mean(0), np.zeros(3, np.float32)]), TOLERANCE)
+
+
+class OverTime(nn.Module):
+    """One batch norm for all steps of a sequence, with one set of statistics."""
+
+    kind: type
+    carried: tuple[str, ...]
+    stacked: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(
+            lambda layer, carry, x: (carry, layer(x)),
+            variable_broadcast="params",
+            variable_carry=self.carried,
+            variable_axes=dict.fromkeys(self.stacked, 0),
+            split_rngs={"params": False},
+        )
+        return scan(self.kind(use_running_average=False, name="norm"), None, x)[1]
+
+
+@pytest.mark.parametrize("kind", [jbn.linen.BatchNorm, nn.BatchNorm], ids=["jbn", "flax"])
+@pytest.mark.parametrize(
+    ("carried", "stacked"),
+    [(("batch_stats",), ()), (("batch_stats", "batch_moments"), ()), (("batch_stats",), ("batch_moments",))],
+    ids=["statistics", "moments too", "moments of each step"],
+)
+def test_a_layer_whose_statistics_go_over_time(kind, carried, stacked):
+    """The moments of all steps, however the model declares the collection that it may not know."""
+    sequences = np.split(X[:48].reshape(4, 12, 3), [5], axis=1)
+    params, stats = jbn.init(3)
+    variables = {"params": {"norm": params}, "batch_stats": {"norm": stats}}
+    new = jbn.tools.recalibrate(OverTime(kind, carried, stacked).apply, variables, sequences)
+    assert_close(new["batch_stats"]["norm"]["mean"], X[:48].mean(0), TOLERANCE)
+    assert_close(new["batch_stats"]["norm"]["var"], X[:48].var(0), TOLERANCE)
+
+
+def test_wide_rows_of_a_layer_whose_statistics_go_over_time(x64):
+    sequence, stats = X[:48].reshape(4, 12, 3).astype(np.float64), jax.tree.map(np.float64, jbn.init(3)[1])
+    variables = {"params": {"norm": jbn.init(3)[0]}, "batch_stats": {"norm": stats}}
+    net = OverTime(jbn.linen.BatchNorm, ("batch_stats",), ())
+    new = jbn.tools.recalibrate(net.apply, variables, [sequence])["batch_stats"]["norm"]
+    assert_close(new["var"], np.float64(X[:48]).var(0), 1e-13)
+
+
+@pytest.mark.parametrize("kind", [jbn.linen.BatchNorm, nn.BatchNorm], ids=["jbn", "flax"])
+def test_layers_of_linen_in_a_model_of_nnx(kind):
+    bridged = nnx.bridge.ToNNX(kind(use_running_average=False), rngs=nnx.Rngs(0)).lazy_init(X)
+    train = lambda model, x: model(x, mutable=["batch_stats"])  # noqa: E731
+    new = jbn.tools.recalibrate(train, bridged, PARTS)
+    assert_close(new.mean[...], X.mean(0), TOLERANCE)
+    assert_close(new.var[...], X.var(0), TOLERANCE)
+    assert not hasattr(new, "moments")
+
+
+def pure(variables, x):
+    """Two batch norms, and no layer."""
+    found = {}
+    for name in ("first", "second"):
+        x, _, found[name] = jbn.batch_norm(
+            variables["params"][name],
+            variables["batch_stats"][name],
+            x,
+            use_running_average=False,
+            return_moments=True,
+        )
+        x = jax.nn.relu(x)
+    return x, {"batch_moments": found}
+
+
+@pytest.mark.parametrize("apply_fn", [pure, lambda v, x, **options: pure(v, x)], ids=["plain", "options"])
+def test_models_of_pure_functions(apply_fn):
+    params, stats = jbn.init(3)
+    variables = {
+        name: {"first": tree, "second": tree}
+        for name, tree in zip(("params", "batch_stats"), (params, stats), strict=True)
+    }
+    new = jbn.tools.recalibrate(apply_fn, variables, PARTS)["batch_stats"]
+    hidden = np.maximum(np.concatenate([(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) for x in PARTS]), 0)
+    for name, rows in (("first", X), ("second", hidden)):
+        assert_close(new[name]["mean"], rows.mean(0), TOLERANCE)
+        assert_close(new[name]["var"], rows.var(0), TOLERANCE)
+
+
+def test_one_pure_function():
+    """At the root of its variables, as a model that is one batch norm."""
+
+    def train(variables, x):
+        stats = variables["batch_stats"]
+        y, _, moments = jbn.batch_norm({}, stats, x, use_running_average=False, return_moments=True)
+        return y, {"batch_moments": moments}
+
+    new = jbn.tools.recalibrate(train, {"batch_stats": jbn.init(3)[1]}, PARTS)
+    assert_close(new["batch_stats"]["var"], X.var(0), TOLERANCE)
 
 
 def test_scanned_layers_of_nnx():

@@ -2,6 +2,8 @@
 
 import re
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import jbn
 import jbn.linen
 import jbn.tools
 from tests.cases import assert_close, assert_trees_close
-from tests.recalibrating import PARTS, TOLERANCE, Net, X, linen
+from tests.recalibrating import PARTS, TOLERANCE, X, linen
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 
@@ -20,9 +22,8 @@ def whole(text):
 
 
 NEVER = (
-    "jbn.tools.recalibrate: {} never ran in training mode, and keep their statistics. Does apply_fn run the "
-    "model in training mode, and are they frozen? Those in nn.scan or nn.vmap need 'batch_moments' beside "
-    "'batch_stats' in variable_axes."
+    "jbn.tools.recalibrate: {} never ran in training mode, so the old statistics stay there. Does "
+    "apply_fn run the whole model in training mode, with nothing frozen?"
 )
 
 
@@ -36,23 +37,36 @@ def test_a_layer_that_never_ran_is_named_and_kept():
 
 
 def test_layers_that_saw_no_row_are_named_and_kept():
-    net, (variables, _) = Net(), linen()
-    train = lambda v, x, **options: net.apply(v, x, True, np.zeros(len(x), bool), **options)  # noqa: E731
-    with pytest.warns(UserWarning, match="first, second never ran"):
-        new = jbn.tools.recalibrate(train, variables, PARTS)
-    assert_trees_close(new, variables, 0.0)
+    """The second one, of two that share the model."""
+
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = jbn.linen.BatchNorm(use_running_average=False, name="first")(x)
+            return jbn.linen.BatchNorm(use_running_average=False, name="second")(
+                x, mask=np.zeros(len(x), bool)
+            )
+
+    net = Masked()
+    variables = net.init(jax.random.key(0), X)
+    with pytest.warns(UserWarning, match=whole(NEVER.format("second"))):
+        new = jbn.tools.recalibrate(net.apply, variables, PARTS)
+    assert_trees_close(new["batch_stats"]["second"], variables["batch_stats"]["second"], 0.0)
 
 
-def test_a_model_of_which_nothing_ran_stays_as_it_is():
-    net, (variables, _) = Net(), linen()
-    evaluate = lambda v, x, **options: net.apply(v, x, False, **options)  # noqa: E731
-    with pytest.warns(UserWarning, match=whole(NEVER.format("first, second"))):
-        new = jbn.tools.recalibrate(evaluate, variables, PARTS)
-    assert new is not variables
-    assert_trees_close(new, variables, 0.0)
-    layer, alone = jbn.linen.BatchNorm(True), {"params": jbn.init(3)[0], "batch_stats": jbn.init(3)[1]}
-    with pytest.warns(UserWarning, match=whole(NEVER.format("the model itself"))):
-        jbn.tools.recalibrate(layer.apply, alone, PARTS)
+def test_layers_in_evaluation_mode_are_named_and_kept():
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = jbn.linen.BatchNorm(use_running_average=True, name="first")(x)
+            return jbn.linen.BatchNorm(use_running_average=False, name="second")(x)
+
+    net = Half()
+    variables = net.init(jax.random.key(0), X)
+    with pytest.warns(UserWarning, match=whole(NEVER.format("first"))):
+        new = jbn.tools.recalibrate(net.apply, variables, PARTS)
+    assert_trees_close(new["batch_stats"]["first"], variables["batch_stats"]["first"], 0.0)
+    assert_close(new["batch_stats"]["second"]["var"], X.var(0) / np.float32(1 + 1e-5), TOLERANCE)
 
 
 def test_batches_that_are_not_finite_are_told():

@@ -1,5 +1,7 @@
 """Wrong calls of the tools that measure and average, and the whole text of each error."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +27,38 @@ NO_NORM = (
 STREAM = "Expected batches, one after the other. Pass a list or a generator; for a single batch, [batch]."
 PAIR = (
     "Expected one that returns (y, new variables), as model.apply(..., mutable=[...]) does. Hand the options "
-    "on: lambda variables, x, **options: model.apply(variables, x, train=True, **options)."
+    "on: lambda variables, x, **options: model.apply(variables, x, train=True, **options). Pure functions "
+    "return (y, {'batch_moments': {path: moments}})."
 )
+MODE = (
+    "Expected a model in training mode. Run it with use_running_average=False and frozen=False, and see that "
+    "masks have rows. A model of pure functions returns (y, {'batch_moments': {path: moments}}), with "
+    "the moments of jbn.batch_norm(..., return_moments=True), or runs the stream with momentum=None from "
+    "jbn.init(features, count=True)."
+)
+
+
+def bridged():
+    layer = nnx.bridge.to_linen(nnx.BatchNorm, 3, use_running_average=False)
+    return jbn.tools.recalibrate(layer.apply, layer.init(jax.random.key(0), X), [X])
+
+
+def unmeasured():
+    """Calls in which no batch norm has rows in training mode, with their variables."""
+    layer, stats = jbn.linen.BatchNorm(use_running_average=False), jbn.init(3)[1]
+    variables = dict(zip(("params", "batch_stats"), jbn.init(3), strict=True))
+    return {
+        "evaluation": (jbn.linen.BatchNorm(use_running_average=True).apply, variables),
+        "frozen": (jbn.linen.BatchNorm(use_running_average=False, frozen=True).apply, variables),
+        "no rows": (functools.partial(layer.apply, mask=np.zeros(50, bool)), variables),
+        "evaluation of NNX": (lambda model, x: model(x, True), jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))),
+        "pure functions": (
+            lambda variables, x: jbn.batch_norm({}, stats, x, use_running_average=False),
+            {"params": {}, "batch_stats": stats},
+        ),
+    }
+
+
 REPLICAS = "Pass batch_stats as pmap or vmap returns it, with the axis of the devices."
 
 
@@ -74,6 +106,24 @@ TEXTS = {
         lambda: recalibrate(lambda variables, x, **options: (x, x)),
         f"jbn.tools.recalibrate: apply_fn is one that returns a tuple. {PAIR}",
     ),
+    "a function that does not take mutable": (
+        lambda: recalibrate(lambda variables, x: x),
+        f"jbn.tools.recalibrate: apply_fn is one that returns float32[50,3]. {PAIR}",
+    ),
+    "layers of NNX in linen": (
+        bridged,
+        "jbn.tools.recalibrate: apply_fn is one that runs the model itself by nnx.bridge.to_linen. Expected "
+        "batch norms of linen in a linen model. Use jbn.linen.BatchNorm there, whose variables are the same, "
+        "or recalibrate the NNX module.",
+    ),
+    **{
+        f"nothing measured: {name}": (
+            functools.partial(recalibrate, apply_fn, variables=variables),
+            "jbn.tools.recalibrate: apply_fn is one in which no batch norm had rows in training mode. "
+            f"{MODE}",
+        )
+        for name, (apply_fn, variables) in unmeasured().items()
+    },
     "a number for batches": (
         lambda: recalibrate(batches=3),
         f"jbn.tools.recalibrate: batches is 3. {STREAM}",
@@ -132,6 +182,10 @@ TEXTS = {
     ),
     "a leaf that is no moments": (
         lambda: jbn.tools.apply_moments(STATS, {"bn": jbn.moments(X).mean}),
+        f"jbn.tools.apply_moments: moments is a mapping without jbn.Moments at bn. {FORMS}",
+    ),
+    "statistics with a count for moments": (
+        lambda: jbn.tools.apply_moments(STATS, {"bn": jbn.init(3)[1] | {"count": jnp.int32(1)}}),
         f"jbn.tools.apply_moments: moments is a mapping without jbn.Moments at bn. {FORMS}",
     ),
     "moments that a checkpoint took apart": (

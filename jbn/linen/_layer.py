@@ -80,7 +80,7 @@ class BatchNorm(nn.Module):
     the collection `batch_stats`, and need a checkpoint that has them.
 
     If `mutable` names the collection `batch_moments`, the layer leaves the batch's `jbn.Moments` there,
-    merged with those that are there already: recalibration and gradient accumulation read them. In evaluation
+    merged with those that are there already: reports and gradient accumulation read them. In evaluation
     too, with their gradients, for losses on the statistics of each layer's input.
 
     Example:
@@ -180,23 +180,31 @@ class BatchNorm(nn.Module):
                 residual=residual,
                 dtype=dtype,
                 starting=starting,
-                measuring=self._keeps_moments() and not TRAINING_ALONE.get(),
+                measuring=self._place_of_moments() is not None and not TRAINING_ALONE.get(),
                 layer=name,
             )
         if writes:
             for entry, variable in running.items():
                 variable.value = batch_stats[entry]
-        if moments is not None and not starting and self._keeps_moments():
-            if self.has_variable("batch_moments", "moments"):
-                moments = merge(self.get_variable("batch_moments", "moments"), moments)
-            self.put_variable("batch_moments", "moments", moments)
+        place = None if moments is None or starting else self._place_of_moments()
+        if moments is not None and place is not None:
+            if self.has_variable(place, "moments"):
+                moments = merge(self.get_variable(place, "moments"), moments)
+            self.put_variable(place, "moments", moments)
         return y
 
     @nn.nowrap
-    def _keeps_moments(self) -> bool:
-        """Whether the collection is asked for by name: `mutable=True` gives those that Flax gives."""
+    def _place_of_moments(self) -> str | None:
+        """The collection for moments, if it is asked for by name: `mutable=True` gives those that Flax gives.
+
+        Recalibration has them beside the statistics, to go with these through `nn.scan` and `nn.vmap`.
+        """
+        beside = TRAINING_ALONE.get() and self.has_variable("batch_stats", "moments")
+        if beside and self.is_mutable_collection("batch_stats"):
+            return "batch_stats"
         asked = None if self.scope is None else self.scope.mutable
-        return not isinstance(asked, (bool, DenyList)) and self.is_mutable_collection("batch_moments")
+        named = not isinstance(asked, (bool, DenyList)) and self.is_mutable_collection("batch_moments")
+        return "batch_moments" if named else None
 
     @nn.nowrap
     def _mode(self, argument: Flag | None) -> Flag:

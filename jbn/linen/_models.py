@@ -3,15 +3,18 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
+from flax.core import meta
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
 from jbn._errors import error
+from jbn._moments import Moments
 from jbn._types import Flag, X
 from jbn._where import Where, check_where, matches
 from jbn.linen._layer import TRAINING_ALONE, BatchNorm
@@ -108,13 +111,41 @@ def replace_batch_norm(
 
 @contextlib.contextmanager
 def training_moments_alone() -> Iterator[None]:
-    """`replace_batch_norm()` in which layers leave moments in training mode only, as recalibration needs."""
+    """`replace_batch_norm()` in which layers leave moments in training mode only, as recalibration needs.
+
+    They leave them in `batch_stats`, as `moments` beside `mean`: lifted transforms need not know of another
+    collection, and `nn.scan` that carries the statistics over time has the place from the start.
+    """
+
+    def with_places(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        scope: Any = context.module.scope
+        if scope is not None and scope.parent is None and scope.is_mutable_collection("batch_stats"):
+            for name, place in _places(scope.variables().get("batch_stats", {})).items():
+                scope.put_variable("batch_stats", name, place)
+        return call(*args, **kwargs)
+
     token = TRAINING_ALONE.set(True)
+    again = set_xla_metadata(jbn_training_moments="alone")
     try:
-        with _replacing(_Replacement()), set_xla_metadata(jbn_training_moments="alone"):
+        with _replacing(_Replacement()), nn.intercept_methods(with_places), again:
             yield
     finally:
         TRAINING_ALONE.reset(token)
+
+
+def _places(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Moments of no rows for every batch norm that has none yet, as a tree of their places."""
+    below = {name: _places(tree) for name, tree in stats.items() if isinstance(tree, Mapping)}
+    places: dict[str, Any] = {name: tree for name, tree in below.items() if tree}
+    if {"mean", "var"} <= set(stats) and "moments" not in stats:
+        mean, var = (meta.unbox(stats[name]) for name in ("mean", "var"))
+        # As wide as any moments can be, which a scan's carry has to be from its first step.
+        zero = jnp.zeros(var.shape, float)
+        kind = jnp.promote_types(mean.dtype, zero.dtype)
+        places["moments"] = Moments(zero, jnp.zeros(mean.shape, kind), zero)
+    return places
 
 
 @contextlib.contextmanager

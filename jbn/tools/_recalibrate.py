@@ -24,8 +24,8 @@ from jbn.tools._trees import (
     Layer,
     Path,
     Variables,
-    batch_moments,
     batch_norms,
+    moments_in,
     path_name,
     some,
     with_values,
@@ -60,9 +60,11 @@ def recalibrate(
         `lambda variables, x, **options: model.apply(variables, x, train=True, **options)`; for NNX
         `apply_fn(model, batch)`, which gets a copy of the model after `train()`, and in it the random state
         that the batch before left. It is compiled. For linen it returns (y, new variables), as `model.apply`
-        does, for NNX anything. Batch norms of Flax are measured as those of jbn are. Layers in `nn.scan` or
-        `nn.vmap` need `'batch_moments': 0` beside `'batch_stats': 0` in `variable_axes`.
-      variables: linen variables or an NNX module; not changed.
+        does, for NNX anything. Batch norms of Flax are measured as those of jbn are, also in `nn.scan`,
+        `nn.vmap` and `nnx.bridge.ToNNX`; `nnx.bridge.to_linen` is refused. A model of pure functions returns
+        `(y, {"batch_moments": moments})`, a tree of `jbn.Moments` at the paths of `batch_stats`, as
+        `jbn.batch_norm(..., return_moments=True)` gives them; its `apply_fn` need not take `mutable`.
+      variables: linen variables, the like for pure functions, or an NNX module; not changed.
       batches: whatever `apply_fn` takes, one after the other. Sharded arrays are measured as a whole.
       max_batches: stop after so many, from 1 up.
       tolerance: stop when the standard error of every mean, estimated from the spread of the means of the
@@ -77,7 +79,8 @@ def recalibrate(
       else, such as `batch_moments`.
 
     Raises:
-      ValueError: no batch, a model without batch norm, arguments of the wrong kind, a call under `jit`.
+      ValueError: no batch, a model without batch norm, or of which none had rows in training mode, arguments
+        of the wrong kind, a call under `jit`.
 
     Warns:
       UserWarning: layers that never ran, and layers with NaN or inf in their batches, all by name.
@@ -109,7 +112,7 @@ def recalibrate(
     stream = islice(batches, max_batches)
     bar = track(stream, "Recalibrating", total=total, console=console, disable=not shown, transient=True)
     for number, batch in enumerate(bar, 1):
-        found = batch_moments(call, {"batch_moments": measure(batch)})
+        found = {path: value for tree in measure(batch) for path, value in moments_in(tree, layers).items()}
         pooled = _grouped([*pooled, found])
         if tolerance is not None:
             means = _grouped([*means, {path: _as_one_row(m) for path, m in found.items()}])
@@ -125,6 +128,17 @@ def recalibrate(
             f"a model without batch_stats for {some(unknown)}",
             "those of every batch norm that runs",
             "Pass all variables of the model, as init or training returned them.",
+        )
+    if not any(np.any(batch.count) for batch in moments.values()):
+        raise error(
+            call,
+            "apply_fn",
+            "one in which no batch norm had rows in training mode",
+            "a model in training mode",
+            "Run it with use_running_average=False and frozen=False, and see that masks have rows. A model "
+            "of pure functions returns (y, {'batch_moments': {path: moments}}), with the moments of "
+            "jbn.batch_norm(..., return_moments=True), or runs the stream with momentum=None from "
+            "jbn.init(features, count=True).",
         )
     _warn(layers, moments)
     stats = {path: _replaced(layers[path], batch) for path, batch in moments.items()}
@@ -160,9 +174,8 @@ def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
     never = [path_name(path) for path in layers if path not in ran]
     if never:
         warnings.warn(
-            f"jbn.tools.recalibrate: {some(never, len(never))} never ran in training mode, and keep their "
-            "statistics. Does apply_fn run the model in training mode, and are they frozen? Those in nn.scan "
-            "or nn.vmap need 'batch_moments' beside 'batch_stats' in variable_axes.",
+            f"jbn.tools.recalibrate: {some(never, len(never))} never ran in training mode, so the old "
+            "statistics stay there. Does apply_fn run the whole model in training mode, with nothing frozen?",
             stacklevel=3,
         )
     broken = [

@@ -105,7 +105,7 @@ def _worst_first(row: LayerReport) -> tuple[bool, float]:
 def _batches(variables: Variables, moments: Any, layers: Mapping[Path, Layer]) -> dict[Path, Moments]:
     """The moments by path, from any of the forms that `report` takes."""
     if moments is None:
-        return moments_of(_CALL, variables, layers) if batch_moments(_CALL, variables) else {}
+        return moments_of(_CALL, variables, layers) if batch_moments(_CALL, variables, layers) else {}
     if _has_statistics_alone(moments):
         moments = {
             path: Moments(jnp.ones_like(stats["var"]), stats["mean"], stats["var"])

@@ -4,7 +4,7 @@ A batch norm is found by where statistics live: every place with a running mean 
 name. Its parameters are at the same place.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -124,18 +124,38 @@ def with_statistics(stats: Mapping[Path, Any]) -> list[Path]:
     return [path[:-1] for path in stats if path[-1] == "mean" and (*path[:-1], "var") in stats]
 
 
-def batch_moments(call: str, variables: Variables) -> dict[Path, Moments]:
+def batch_moments(call: str, variables: Variables, layers: Iterable[Path]) -> dict[Path, Any]:
     """What each batch norm left in `batch_moments`, by the layer's path."""
-    tree = collections(call, variables).get("batch_moments", {})
-    found = flatten_dict(tree, is_leaf=lambda _, value: isinstance(value, Moments))
-    return {path[:-1]: value for path, value in found.items()}
+    return dict(_by_layer(collections(call, variables).get("batch_moments", {}), layers))
+
+
+def moments_in(tree: Any, layers: Iterable[Path]) -> dict[Path, Moments]:
+    """The moments in a tree that may hold more, by the layer's path."""
+    return {path: value for path, value in _by_layer(tree, layers) if isinstance(value, Moments)}
+
+
+def _by_layer(tree: Any, layers: Iterable[Path]) -> Iterator[tuple[Path, Any]]:
+    """Leaves and their batch norms, which are at the same path, or have them in a variable."""
+    flat = flatten_dict({"": tree}, is_leaf=lambda _, value: isinstance(_as_moments(value), Moments))
+    known = set(layers)
+    for (_, *path), value in flat.items():
+        yield tuple(path if tuple(path) in known else path[:-1]), _as_moments(value)
+
+
+def _as_moments(value: Any) -> Any:
+    """Moments out of the dict that a checkpoint makes of them; anything else as it is."""
+    is_dict = isinstance(value, Mapping) and set(value) == {"count", "mean", "var"}
+    # Statistics with their number of updates have these names too: one number for all channels.
+    alike = is_dict and len({getattr(array, "shape", None) for array in value.values()} - {None}) == 1
+    return Moments(**value) if alike else value
 
 
 def moments_of(call: str, given: Any, layers: Iterable[Path]) -> dict[Path, Moments]:
     """Moments by the layer's path, from any of the forms in which tools take them."""
     holds = isinstance(given, nnx.Module) or (isinstance(given, Mapping) and "batch_moments" in given)
-    found: Any = batch_moments(call, given) if holds else given if isinstance(given, Mapping) else {}
-    named = by_name(found)
+    layers = list(layers)
+    found: Any = batch_moments(call, given, layers) if holds else given if isinstance(given, Mapping) else {}
+    named = {name: _as_moments(value) for name, value in by_name(found).items()}
     wrong = [name for name, value in named.items() if not isinstance(value, Moments)]
     if wrong or not named:
         got = f"a mapping {f'without jbn.Moments at {some(wrong)}' if wrong else 'with nothing'}"
