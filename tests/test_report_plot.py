@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import pytest
 
 from jbn.tools import plot, report
 from tests.reporting import BATCH, HEALTHY, VARIABLES, array, moments_of, variables_of
@@ -78,6 +79,18 @@ def test_picture_of_ranges(tmp_path):
     assert len(scales) >= 4
     np.testing.assert_allclose(np.diff(scales), scales[1] - scales[0])
     assert png_size(tmp_path / "ranges.png")[0] == 1560
+
+
+@pytest.mark.parametrize(
+    ("worst", "seen"), [(7.41, [1, 2, 5]), (40.0, [1, 3, 10, 30]), (3e3, [1, 10, 100, 1000])]
+)
+def test_an_axis_of_means_has_ticks_beside_its_worst_value(worst, seen):
+    """An axis from -8 to 8 with ticks at -1, 0 and 1 alone made 7.4 look like 1.8."""
+    batch = moments_of(array(0.0), array(1.0))
+    axes, _ = plot(variables_of(bn=(array(worst), array(1.0))), {"bn": batch}).axes
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    np.testing.assert_allclose(sorted(ticks), sorted([-tick for tick in seen] + [0.0] + seen))
 
 
 def test_titles_where_nothing_is_wrong():

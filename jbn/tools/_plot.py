@@ -183,7 +183,7 @@ def _draw_layer(axes: "Axes", place: int, values: np.ndarray, color: str) -> Non
 
 
 def _set_scale(axes: "Axes", scale: str) -> None:
-    """The scale, with ticks in plain numbers, and enough of them where they span less than two decades."""
+    """The scale, with ticks in plain numbers, and enough of them where they span few decades."""
     from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
     axes.set_xscale(scale, **({"linthresh": 1.0} if scale == "symlog" else {}))
@@ -192,7 +192,9 @@ def _set_scale(axes: "Axes", scale: str) -> None:
     if scale == "log":
         locator = LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,))
     elif scale == "symlog":
-        locator = SymmetricalLogLocator(linthresh=1.0, base=10.0)
+        largest = max(-low, high)
+        subs = (1.0, 2.0, 5.0) if largest < 20 else (1.0, 3.0) if largest < 1000 else (1.0,)
+        locator = SymmetricalLogLocator(linthresh=1.0, base=10.0, subs=subs)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
