@@ -4,8 +4,10 @@ import csv
 import io
 
 import numpy as np
+import pytest
 from rich.console import Console
 
+import jbn
 from jbn.tools import report
 from jbn.tools._drift import LayerReport
 from tests.reporting import BATCH, HEALTHY, VARIABLES, array, moments_of, variables_of
@@ -29,6 +31,29 @@ def test_csv_comes_back_as_the_rows(tmp_path):
     with (tmp_path / "b.csv").open("w", newline="", encoding="utf-8") as file:
         assert found.to_csv(file) == text
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes() == text.encode()
+
+
+@pytest.mark.parametrize("prefix", ["", "norms/"])
+def test_numbers_by_name_for_loggers(prefix):
+    found = report(variables_of(a=HEALTHY, b=HEALTHY), {"a": moments_of(array(0.1, 0.2), HEALTHY[1])})
+    numbers = found.to_dict(prefix=prefix)
+    assert {type(value) for value in numbers.values()} == {float}
+    known = [name for name in LayerReport.__annotations__ if name != "path"]
+    wanted = {
+        f"{prefix}{row.path}/{name}": getattr(row, name)
+        for row in found.rows
+        for name in known
+        if getattr(row, name) is not None
+    }
+    assert numbers == wanted
+    assert f"{prefix}a/drift" in numbers
+    assert f"{prefix}b/drift" not in numbers
+
+
+def test_numbers_of_a_model_that_is_one_batch_norm():
+    params, batch_stats = jbn.init(2)
+    alone = report({"params": params, "batch_stats": batch_stats})
+    assert alone.to_dict()["never_updated"] == 1.0
 
 
 SMALL = variables_of(

@@ -95,6 +95,10 @@ TEXTS = {
         lambda: report(VARIABLES).to_csv(3),
         "jbn.tools.Report.to_csv: file is 3. Expected a path or an open text file. For example 'report.csv'.",
     ),
+    "a prefix that is no text": (
+        lambda: report(VARIABLES).to_dict(("norms",)),
+        "jbn.tools.Report.to_dict: prefix is ('norms',). Expected a text. For example 'batch_norm/'.",
+    ),
     "an unknown kind of picture": (
         lambda: plot(VARIABLES, path="drift.foo"),
         f"jbn.tools.plot: path is 'drift.foo'. {PICTURE}",

@@ -97,6 +97,37 @@ class Report:
             file.write(text.getvalue())
         return text.getvalue()
 
+    def to_dict(self, prefix: str = "") -> dict[str, float]:
+        """The numbers of all rows by one name each, as loggers of training take them, W&B and TensorBoard.
+
+        Args:
+          prefix: what each name begins with, such as `"batch_norm/"`.
+
+        Returns:
+          A float for each attribute of `LayerReport` that is a number and not None. Its name is the prefix,
+          the path, "/" and the attribute; without path and "/" if the model is one batch norm.
+
+        Raises:
+          ValueError: a prefix that is no text.
+
+        Example:
+          >>> import jbn, jbn.tools
+          >>> params, batch_stats = jbn.init(2)
+          >>> variables = {"params": {"bn": params}, "batch_stats": {"bn": batch_stats}}
+          >>> numbers = jbn.tools.report(variables).to_dict(prefix="norms/")
+          >>> print(numbers["norms/bn/var_max"], numbers["norms/bn/dead"])
+          1.0 0.0
+        """
+        if not isinstance(prefix, str):
+            fix = "For example 'batch_norm/'."
+            raise error("tools.Report.to_dict", "prefix", repr(prefix), "a text", fix)
+        return {
+            f"{prefix}{row.path}{'/' if row.path else ''}{name}": float(value)
+            for row in self.rows
+            for name, value in vars(row).items()
+            if name != "path" and value is not None
+        }
+
     def __str__(self) -> str:
         return "\n\n".join(
             textwrap.fill(part, _WIDTH) if isinstance(part, str) else _table(self.rows, part)
