@@ -6,12 +6,15 @@ import os
 import numpy as np
 import pytest
 
+import jbn
 import jbn.linen
 from jbn.tools import settings_from, settings_to
 from jbn.tools._libraries import LIBRARIES
 from tests.cases import assert_close
 from tests.foreign import EVALUATION
 
+KERAS = {"axis": -1, "momentum": 0.99, "epsilon": 1e-3, "scale": True, "center": True}
+OURS = {"axis": -1, "momentum": 0.99, "epsilon": 1e-3, "use_scale": True, "use_bias": True}
 SETTINGS = {
     "torch": (
         "torch",
@@ -32,6 +35,21 @@ SETTINGS = {
         "keras",
         {"axis": 1, "momentum": 0.9, "epsilon": 1e-3, "scale": False, "center": True},
         {"axis": 1, "momentum": 0.9, "epsilon": 1e-3, "use_scale": False, "use_bias": True},
+    ),
+    "keras, renorm": (
+        "keras",
+        KERAS | {"renorm": True, "renorm_clipping": {"rmax": 3.0, "rmin": 0.25, "dmax": 5.0}},
+        OURS | {"renorm": jbn.Renorm(3.0, 5.0, r_min=0.25)},
+    ),
+    "keras, renorm without limits": (
+        "keras",
+        KERAS | {"renorm": True, "renorm_clipping": {}},
+        OURS | {"renorm": jbn.Renorm(np.inf, np.inf, r_min=0.0)},
+    ),
+    "keras, no renorm": (
+        "keras",
+        KERAS | {"renorm": False, "renorm_clipping": None},
+        OURS | {"renorm": None},
     ),
     "haiku": (
         "haiku",
@@ -85,6 +103,16 @@ def test_rates_come_back_as_they_were(rate):
     decay = settings_from("torch", momentum=rate)["momentum"]
     assert type(decay) is float
     assert settings_to("torch", momentum=decay)["momentum"] == float(str(rate))
+
+
+def test_the_lower_limit_of_renorm_that_follows_the_upper_one():
+    assert settings_to("keras", renorm=jbn.Renorm(4.0, 5.0))["renorm_clipping"] == {
+        "rmax": 4.0,
+        "rmin": 0.25,
+        "dmax": 5.0,
+    }
+    assert settings_from("keras", renorm=True)["renorm"] == jbn.Renorm(np.inf, np.inf, r_min=0.0)
+    assert settings_from("keras", renorm=False, renorm_clipping={"rmax": 2.0})["renorm"] is None
 
 
 def layer_classes():

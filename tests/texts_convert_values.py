@@ -89,6 +89,28 @@ TEXTS = {
         lambda: settings_from("keras", axis="a"),
         f"jbn.tools.settings_from: axis is 'a'. {AXIS}",
     ),
+    "renorm of text": (
+        lambda: settings_from("keras", renorm="yes"),
+        f"jbn.tools.settings_from: renorm is 'yes'. {FLAG}",
+    ),
+    **{
+        f"renorm_clipping {value!r}": (
+            functools.partial(settings_from, "keras", renorm=True, renorm_clipping=value),
+            f"jbn.tools.settings_from: renorm_clipping is {value!r}. Expected a mapping with perhaps rmax from "
+            "1 up, rmin from 0 to 1, dmax from 0 up. Pass that of the layer.",
+        )
+        for value in (3, {"r_max": 3.0}, {"rmax": 0.5}, {"rmin": 2.0}, {"dmax": "5"})
+    },
+    "renorm for torch": (
+        lambda: settings_from("torch", renorm=True),
+        "jbn.tools.settings_from: theirs is a mapping with the unknown renorm. Expected perhaps momentum, eps, "
+        "affine, bias. Leave out what has no counterpart, once you know that nothing is lost with it.",
+    ),
+    "our renorm": (
+        lambda: settings_to("keras", renorm=(3.0, 5.0)),
+        "jbn.tools.settings_to: renorm is (3.0, 5.0). Expected None or jbn.Renorm with numbers. Values of a "
+        "schedule are not kept by the layer: pass the last of them.",
+    ),
     "our epsilon": (
         lambda: settings_to("torch", epsilon=-1.0),
         f"jbn.tools.settings_to: epsilon is -1.0. {EPSILON}",

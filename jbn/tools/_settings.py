@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jbn._errors import error
+from jbn._renorm import Renorm
 from jbn._scalars import is_number
 from jbn._types import describe
 from jbn.tools._libraries import LIBRARIES, Library, check_names, check_together
@@ -15,6 +16,8 @@ from jbn.tools._libraries import LIBRARIES, Library, check_names, check_together
 _OUR_SETTINGS = {"axis": -1, "momentum": 0.99, "epsilon": 1e-5, "use_scale": True, "use_bias": True}
 _NO_COUNTERPART = "Leave out what has no counterpart, once you know that nothing is lost with it."
 _NOTHING_ELSE = "Anything else has no counterpart."
+_RENORM = ("renorm", "renorm_clipping")
+_NO_LIMIT = {"rmax": np.inf, "rmin": 0, "dmax": np.inf}
 _AXES = {"channels_last": -1, "channels_first": 1}
 _FORMATS = {"channels_first|NC[^C]*": 1, "channels_last|N[^C]*C|(BT|TB)[^D]*D": -1}  # all that Haiku knows
 
@@ -25,6 +28,7 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
     - "torch": momentum=0.1, eps=1e-5, affine=True, bias=True. momentum weighs the NEW batch: 0.1 is 0.9 here;
       None, the cumulative average, stays None (it is not 0).
     - "keras": axis=-1, momentum=0.99, epsilon=1e-3, scale=True, center=True; Keras 2 has [axis].
+      Keras 2 and `tf.layers` have renorm=False, renorm_clipping=None too: `renorm` is then `jbn.Renorm`.
     - "haiku": decay_rate, create_scale, create_offset, eps=1e-5, cross_replica_axis=None,
       cross_replica_axis_index_groups=None, data_format="channels_last", or letters such as "NHWC".
       decay_rate is momentum here.
@@ -40,7 +44,7 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
 
     Returns:
       `momentum`, `epsilon`, `use_scale`, `use_bias`, and `axis`, `axis_name`, `axis_index_groups` where the
-      library has such settings.
+      library has such settings; `renorm` where it is given.
 
     Raises:
       ValueError: settings that are missing or have no counterpart, all by name, and values that have none.
@@ -52,6 +56,8 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
     """
     call = "tools.settings_from"
     table = _described(call, library).settings
+    renorm = _renorm_from(call, theirs) if library == "keras" else {}
+    theirs = {name: value for name, value in theirs.items() if not renorm or name not in _RENORM}
     required = [name for name, (_, default) in table.items() if default is ...]
     check_names(call, "theirs", theirs, required, table, _NO_COUNTERPART)
     ours = {key: theirs.get(name, default) for name, (key, default) in table.items()}
@@ -66,7 +72,7 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
     if library == "equinox":
         _one_of(call, "mode", ours.pop("mode"), {"batch": None})
         ours["use_bias"] = ours["use_scale"]
-    return ours | {"momentum": _momentum(call, library, ours["momentum"])}
+    return ours | {"momentum": _momentum(call, library, ours["momentum"])} | renorm
 
 
 def settings_to(library: str, /, **ours: Any) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def settings_to(library: str, /, **ours: Any) -> dict[str, Any]:
 
     Returns:
       All the settings that `settings_from` lists; PyTorch's bias, which older versions do not know, only
-      where it differs from affine.
+      where it differs from affine, and Keras's renorm only where ours is given.
 
     Raises:
       ValueError: settings that are missing or have no counterpart, all by name, and values that have none,
@@ -93,6 +99,7 @@ def settings_to(library: str, /, **ours: Any) -> dict[str, Any]:
     call = "tools.settings_to"
     described = _described(call, library)
     table = described.settings
+    renorm = _renorm_to(call, ours.pop("renorm")) if library == "keras" and "renorm" in ours else {}
     keys = {key for key, _ in table.values()} - {"mode"} | {"use_bias"}
     required = ["axis_name"] if library == "equinox" else []
     check_names(call, "ours", ours, required, sorted(keys), _NO_COUNTERPART)
@@ -107,7 +114,39 @@ def settings_to(library: str, /, **ours: Any) -> dict[str, Any]:
     theirs = {name: full[key] for name, (key, _) in table.items()}
     if library == "torch" and theirs["bias"] == theirs["affine"]:
         del theirs["bias"]
-    return theirs
+    return theirs | renorm
+
+
+def _renorm_from(call: str, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Our `renorm`, if theirs is given: a limit that `renorm_clipping` lacks is none."""
+    given = [name for name in _RENORM if name in theirs]
+    if not given:
+        return {}
+    renorm, clipping = theirs.get("renorm", False), theirs.get("renorm_clipping") or {}
+    _check_value(call, "renorm", "use_renorm", renorm)
+    ranges = {"rmax": (1, np.inf), "rmin": (0, 1), "dmax": (0, np.inf)}
+    if not isinstance(clipping, Mapping) or not all(
+        name in ranges and is_number(value) and ranges[name][0] <= value <= ranges[name][1]
+        for name, value in clipping.items()
+    ):
+        expected = "a mapping with perhaps rmax from 1 up, rmin from 0 to 1, dmax from 0 up"
+        raise error(call, "renorm_clipping", describe(clipping), expected, "Pass that of the layer.")
+    limits = Renorm(clipping.get("rmax", np.inf), clipping.get("dmax", np.inf), clipping.get("rmin", 0.0))
+    return {"renorm": limits if renorm else None}
+
+
+def _renorm_to(call: str, renorm: Any) -> dict[str, Any]:
+    """Theirs from our `renorm`, in which None is 1 / r_max."""
+    if renorm is None:
+        return {"renorm": False, "renorm_clipping": None}
+    limits = vars(renorm) if isinstance(renorm, Renorm) else {}
+    if not limits or not all(value is None or is_number(value) for value in limits.values()):
+        fix = "Values of a schedule are not kept by the layer: pass the last of them."
+        raise error(call, "renorm", describe(renorm), "None or jbn.Renorm with numbers", fix)
+    r_min = 1 / renorm.r_max if renorm.r_min is None else renorm.r_min
+    clipping = {"rmax": renorm.r_max, "rmin": r_min, "dmax": renorm.d_max}
+    limits = {name: value for name, value in clipping.items() if value != _NO_LIMIT[name]}
+    return {"renorm": True, "renorm_clipping": limits}
 
 
 def _described(call: str, library: Any) -> Library:
@@ -132,7 +171,7 @@ def _check_value(call: str, name: str, key: str, value: Any) -> None:
     fix = "Pass that of the layer."
     if key == "epsilon" and not (is_number(value) and 0 <= value < np.inf):
         raise error(call, name, describe(value), "a number from 0 up", "The usual one is 1e-5.")
-    if key in ("use_scale", "use_bias") and not isinstance(value, (bool, np.bool_)):
+    if key.startswith("use_") and not isinstance(value, (bool, np.bool_)):
         raise error(call, name, describe(value), "True or False", fix)
     if key == "axis" and not isinstance(value, (int, np.integer)):
         raise error(call, name, describe(value), "an integer", fix)
