@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.core import meta
 
+import jbn.linen
+import jbn.nnx
 from jbn.tools import fold, fold_variables
 from tests.cases import assert_close, assert_trees_close
-from tests.folding import EPSILON, arrays, net, norm, random
+from tests.compiling import optimized
+from tests.folding import EPSILON, arrays, net, norm, random, variables_of
 
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 
@@ -56,3 +60,40 @@ def test_a_batch_norm_that_is_the_model(capsys):
     }
     fold_variables(variables, call=model.apply, x=x)
     assert capsys.readouterr().out == "no layer found for: the model itself\n"
+
+
+def flops(program, x):
+    """Of the program that XLA compiles, in which what the function closes over is constant."""
+    return optimized(program).lower(x).compile().cost_analysis()["flops"]
+
+
+def test_a_folded_batch_norm_is_gone_where_the_variables_are_constants():
+    """The program has the operations of one without it, which that of the batch norm does not have."""
+
+    class Net(nn.Module):
+        with_norm: bool
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3, 3), name="conv")(x)
+            x = jbn.linen.BatchNorm(True, epsilon=EPSILON, name="norm")(x) if self.with_norm else x
+            return nn.relu(x)
+
+    x, full, bare = random(2, 5, 5, 3), Net(True), Net(False)
+    variables = variables_of(full, x)
+    folded = fold_variables(variables, [("conv", "norm")], epsilon=EPSILON)
+    wanted = flops(lambda x: bare.apply({"params": {"conv": folded["params"]["conv"]}}, x), x)
+    assert flops(lambda x: full.apply(folded, x), x) == wanted
+    assert flops(lambda x: full.apply(variables, x), x) > wanted
+
+
+def test_a_folded_batch_norm_of_nnx_is_gone_where_the_module_is_constant():
+    x, rngs = random(5, 3), nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(3, 4, rngs=rngs), jbn.nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+    )
+    model.layers[1].mean[...] += 1
+    folded = fold_variables(model, [("layers/0", "layers/1")])
+    wanted = flops(folded.layers[0], x)
+    assert flops(folded, x) == wanted
+    assert flops(model, x) > wanted
