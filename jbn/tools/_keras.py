@@ -21,7 +21,8 @@ def from_keras(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Ar
 
     - Keras stores the biased variance, and its momentum weighs the OLD statistics, both as here.
     - Its epsilon is 1e-3 where the layer does not say otherwise, and 1e-5 here. See `settings_from`.
-    - It has no counter. Batch renormalization (renorm=True) has no counterpart.
+    - It has no counter. Of a layer with renorm=True leave out the arrays whose names begin with renorm_: they
+      have no counterpart.
 
     Args:
       state: gamma and beta as far as the layer has them, moving_mean, moving_variance, each [C].
