@@ -22,6 +22,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # an example imports the files beside it
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """With several workers, a file's tests run in one of them: what they compile is compiled once."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadfile"
+
+
 def pytest_collection_finish():
     """What importing made stays: the garbage collector need not go through it again and again."""
     gc.collect()

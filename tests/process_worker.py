@@ -31,7 +31,7 @@ def start(devices, coordinator=None, processes=1, index=0, seconds=0):
             coordinator,
             processes,
             index,
-            initialization_timeout=240,
+            initialization_timeout=120,
             heartbeat_timeout_seconds=seconds,
             shutdown_timeout_seconds=seconds,
         )

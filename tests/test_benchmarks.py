@@ -83,6 +83,7 @@ def test_contestants_compute_the_same():
 
 
 def test_the_command_runs(monkeypatch, capsys):
+    """For one contestant: that the others compute the same is tested above, and each takes its time here."""
     monkeypatch.chdir(pathlib.Path(__file__).parents[1])  # each table is made by a process of its own
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv(LAYERS, "[]")  # which the command sets

@@ -23,7 +23,10 @@ ENOUGH, SECONDS = 10, 20  # of the 40 calls so many at least, and no further one
 
 
 def test_the_right_answer_or_an_error_of_ours():
-    """The same calls on every run of the tests; with more of them, others each time. Half have an answer."""
+    """The same calls on every run, the first of them, as many as the time allows; half have an answer.
+
+    With more than 40 they are others each time, and all are made.
+    """
     longer = EXAMPLES > 40
     seeds = random.sample(range(2**32), EXAMPLES) if longer else range(EXAMPLES)
     start, answered = time.process_time(), []

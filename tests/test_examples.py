@@ -24,7 +24,7 @@ from idx import MNIST, Split, load_splits
 from tests.cases import assert_close, assert_trees_close
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:%|e-\d+)?")
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:%|e[-+]\d+)?")
 TRAIN_SIZE, TEST_SIZE = 6000, 500
 
 

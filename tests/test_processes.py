@@ -15,9 +15,8 @@ from tests.cases import assert_close, tolerance
 
 ROWS, CHANNELS = 32, 3
 SECONDS = 240  # no test takes a tenth of it on an idle machine; a hang must not hold up the others for ever
-SILENCE = (
-    10  # seconds after which a process is taken for dead, where one leaves; else `SECONDS`, for busy machines
-)
+# Seconds after which a process is taken for dead, where one leaves; else `SECONDS`, for busy machines.
+SILENCE = 10
 ROOT = Path(__file__).parents[1]
 
 

@@ -1,12 +1,15 @@
 """What a case needs of JAX: the one way in which tests say that an older JAX cannot do it."""
 
+import re
+
 import jax
 import pytest
 
 
-def before(version):
-    """Whether this JAX is older than that."""
-    return jax.__version_info__ < tuple(map(int, version.split(".")))
+def before(version, library=jax):
+    """Whether this JAX, or another library, is older than that."""
+    here, that = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (library.__version__, version))
+    return here < that
 
 
 def needs_jax(version, reason, raises=None):
