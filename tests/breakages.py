@@ -181,8 +181,8 @@ BREAKS = {
     ),
     "the correction of renorm has a gradient": Break(
         "jbn/_renorm.py",
-        "r = lax.stop_gradient(jnp.where(some, jnp.clip(r, 1 / r_max, r_max), jnp.ones_like(r)))",
-        "r = jnp.where(some, jnp.clip(r, 1 / r_max, r_max), jnp.ones_like(r))",
+        "r = lax.stop_gradient(jnp.where(some, jnp.clip(r, r_min, r_max), jnp.ones_like(r)))",
+        "r = jnp.where(some, jnp.clip(r, r_min, r_max), jnp.ones_like(r))",
         "tests/test_renorm.py",
     ),
     "a frozen layer has gradients": Break(

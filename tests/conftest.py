@@ -46,6 +46,7 @@ def _forget_what_was_compiled():
     """A file's programs are of no use to the next one, and keep gigabytes."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

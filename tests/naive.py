@@ -54,7 +54,8 @@ def _square(value):
 
 def _hat(x, weights, axes, epsilon, renorm, known, expand):
     _, mean, var = _moments(x, weights, axes)
-    some = np.sum(weights > 0, axes, keepdims=True) > 1
+    rows = np.sum(weights > 0, axes, keepdims=True)
+    some = rows > 1
     square = jnp.where(some, var, 1.0) + epsilon
     some &= square != 0  # of a constant channel without epsilon, y is bias
     sigma_batch = jnp.sqrt(jnp.where(some, square, 1.0))
@@ -65,7 +66,7 @@ def _hat(x, weights, axes, epsilon, renorm, known, expand):
     sigma = jnp.sqrt(expand(known["var"]) + epsilon)
     r = jnp.clip(sigma_batch / sigma, 1 / renorm.r_max, renorm.r_max)
     d = jnp.clip((mean - expand(known["mean"])) / sigma, -renorm.d_max, renorm.d_max)
-    return jnp.where(some, x_hat * lax.stop_gradient(r) + lax.stop_gradient(d), nothing)
+    return jnp.where(rows > 0, x_hat * lax.stop_gradient(r) + lax.stop_gradient(d), nothing)
 
 
 def _known(batch_stats, options):

@@ -82,7 +82,8 @@ class Net(nn.Module):
     def __call__(self, x, train=False, **options):
         for _ in range(2):
             x = nn.Dense(3, use_bias=False)(x)
-            x = jnp.tanh(jbn.linen.BatchNorm(use_running_average=not train, **options)(x))
+            evaluating = not train if isinstance(train, bool) else ~train
+            x = jnp.tanh(jbn.linen.BatchNorm(use_running_average=evaluating, **options)(x))
         return x
 
 
@@ -149,6 +150,9 @@ def test_recalibration_takes_those_of_training_mode_alone():
     start = variables()
     with pytest.raises(ValueError, match="no batch norm had rows in training mode"):
         jbn.tools.recalibrate(Net().apply, start, [X], progress=False)
+    traced = lambda v, x, **options: Net().apply(v, x, train=jnp.sum(x) > jnp.inf, **options)  # noqa: E731
+    with pytest.raises(ValueError, match="no batch norm had rows in training mode"):
+        jbn.tools.recalibrate(traced, start, [X], progress=False)
     frozen = NnxNet(start)
     for norm in frozen.norms:
         norm.frozen = True

@@ -92,9 +92,8 @@ def test_debiased_replicas_and_models_are_averaged():
 def test_layers_without_rows_are_not_recalibrated():
     net, variables = linen()
     apply = lambda v, x, **options: net.apply(v, x, train=True, mask=np.zeros(20, bool), **options)  # noqa: E731
-    with pytest.warns(UserWarning, match="never ran"):
-        new = jbn.tools.recalibrate(apply, variables, [X])
-    assert_trees_close(new, variables, 0.0)
+    with pytest.raises(ValueError, match="no batch norm had rows"):
+        jbn.tools.recalibrate(apply, variables, [X])
 
 
 def test_a_module_called_rows_is_averaged_like_any_other():

@@ -74,7 +74,7 @@ def test_picture_of_ranges(tmp_path):
     assert remarks(figure) == ["1 of 1 NaN or inf", "1 of 2 dead"]
     assert [axes.get_xscale() for axes in figure.axes] == ["symlog", "log", "linear"]
     means, variances, scales = map(ticks_within, figure.axes)
-    np.testing.assert_allclose(means, [1, 10])
+    np.testing.assert_allclose(means, [1, 3, 10, 30])
     np.testing.assert_allclose(variances, [1, 2])
     assert len(scales) >= 4
     np.testing.assert_allclose(np.diff(scales), scales[1] - scales[0])
