@@ -83,7 +83,8 @@ def unwrapped(entries: Any) -> Any:
     """The entries with the arrays that variables of NNX hold, which JAX does not take apart by itself."""
     if not isinstance(entries, Mapping) or not any(_is_variable(value) for value in entries.values()):
         return entries
-    return {name: jnp.asarray(value) if _is_variable(value) else value for name, value in entries.items()}
+    arrays = {name: as_numbers(value) for name, value in entries.items() if _is_variable(value)}
+    return {name: value if arrays.get(name) is None else arrays[name] for name, value in entries.items()}
 
 
 def _is_variable(value: Any) -> bool:
@@ -172,7 +173,7 @@ def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     given, mask = mask, as_numbers(mask)
     if mask is None or jnp.iscomplexobj(mask):
         raise error(call, "mask", describe(given), "an array of bool or float", "Compare it: mask > 0.")
-    if not isinstance(mask, jax.core.Tracer) and mask.dtype != bool and np.any(np.asarray(mask) < 0):
+    if isinstance(given, np.ndarray) and np.any(given < 0):  # what a device holds is not asked for
         raise error(
             call,
             "mask",

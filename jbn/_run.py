@@ -31,7 +31,7 @@ from jbn._options import (
 from jbn._renorm import Reference
 from jbn._running import debiased, moving_average, remember
 from jbn._scalars import check_flag, is_number
-from jbn._types import BatchStats, Dtype, Flag, Params, X, describe, sharded_like
+from jbn._types import BatchStats, Dtype, Flag, Params, X, describe, sharded_like, wide, working
 
 _CALL = "batch_norm"
 
@@ -81,12 +81,16 @@ def run(
         if few is not None and layer is None:
             raise few
         if few is not None:
-            warnings.warn(
-                f"{layer}: x is {describe(x)}, one value per channel in training, which has no variance: "
-                "y is bias, and nothing is updated. Use a larger batch, use_running_average=True, or "
-                "axis_name to normalize over several devices.",
-                stacklevel=4,
+            said = (
+                f"x is {describe(x)}, one value per channel in training, which has no variance: y is bias, "
+                "and nothing is updated. Use a larger batch, use_running_average=True, or axis_name to "
+                "normalize over several devices."
+                if options.virtual_batch_size is None
+                else f"virtual_batch_size is 1 for x = {describe(x)}, one value per channel in each group, "
+                "which has no variance: y is bias. The statistics are those of the whole batch. Use larger "
+                "groups."
             )
+            warnings.warn(f"{layer}: {said}", stacklevel=4)
     asked, measuring = measuring, measuring or evaluating is not True or _blends(options)
     axis_name, groups = check_axis_name(_CALL, options.axis_name, options.axis_index_groups)
     size = axis_size(_CALL, axis_name, groups) if measuring else 1
@@ -96,7 +100,7 @@ def run(
     if evaluating is True:
         measured = measure(x, weights, config.reduction) if measuring else None
         y = _evaluate(config, inputs, batch_stats, options, measured)
-        return y, batch_stats, None if measured is None else to_moments(measured, axes)
+        return y, batch_stats, to_moments(measured, axes) if asked and measured is not None else None
     y, measured = _train(config, inputs, batch_stats, options)
     moments = to_moments(measured, axes)
     if batch_stats is None:
@@ -147,11 +151,15 @@ def _evaluate(
         known: Array = normalize_by(config, inputs, mean, var)
         return known
     # The mean stays in two parts, as in training: rounded to one float32 it would cost digits of y.
-    shift, some = measured.shift, measured.total > 0
+    kind = working(mean.dtype, measured.shift.dtype)
+    shift, some = measured.shift.astype(kind), measured.total > 0
     shares = (options.blend, 1 - options.blend)
     rest, var = (
-        jnp.where(some, moving_average(running, batch, shares), running.astype(batch.dtype))
-        for running, batch in ((mean - shift, measured.rest), (var, measured.var))
+        jnp.where(some, moving_average(running, batch.astype(running.dtype), shares), running)
+        for running, batch in (
+            (mean.astype(kind) - shift, measured.rest),
+            (var.astype(wide(kind)), measured.var),
+        )
     )
     y: Array = normalize_by(config, inputs, shift, var, rest)
     return y

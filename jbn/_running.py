@@ -196,8 +196,10 @@ def moving_average(
         if share is None:
             return jnp.zeros_like(value)
         share = jnp.asarray(share, dtype)
-        # 0 times NaN or inf would be NaN.
-        return share * value if known else jnp.where(share == 0, jnp.zeros_like(value), share * value)
+        if known:
+            return share * value
+        # 0 times NaN or inf would be NaN. The derivative in a share of 0 is the value all the same.
+        return share * jnp.where((share == 0) & ~jnp.isfinite(value), jnp.zeros_like(value), value)
 
     keep, forget = shares
     return part(keep, old.astype(dtype)) + part(forget, new.astype(dtype))

@@ -153,8 +153,10 @@ def test_recalibration_takes_those_of_training_mode_alone():
     traced = lambda v, x, **options: Net().apply(v, x, train=jnp.sum(x) > jnp.inf, **options)  # noqa: E731
     with pytest.raises(ValueError, match="no batch norm had rows in training mode"):
         jbn.tools.recalibrate(traced, start, [X], progress=False)
+    with pytest.raises(ValueError, match="no batch norm had rows in training mode"):
+        jbn.tools.recalibrate(functools.partial(Net().apply, blend=0.5), start, [X], progress=False)
     frozen = NnxNet(start)
     for norm in frozen.norms:
-        norm.frozen = True
+        norm.frozen, norm.blend = True, 0.5
     with pytest.raises(ValueError, match="no batch norm had rows in training mode"):
         jbn.tools.recalibrate(lambda model, x: model(x), frozen, [X], progress=False)

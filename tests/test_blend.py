@@ -81,6 +81,34 @@ def test_gradients_flow_through_the_part_of_the_batch(blend):
     assert_trees_close(found, expected, TOLERANCE)
 
 
+@pytest.mark.parametrize("blend", [0.0, 0.4, 1.0])
+def test_the_share_has_a_derivative_at_its_ends_too(blend):
+    """As where it is learned: y moves with the mean and the variance."""
+
+    def loss(blend):
+        return jnp.sum(COTANGENT * evaluate(PARAMS, STATS, X, blend=blend)[0])
+
+    def by_hand(blend):
+        mean, var = (
+            blend * STATS[name] + (1 - blend) * batch
+            for name, batch in (("mean", X.mean(0)), ("var", X.var(0)))
+        )
+        x_hat = (X - mean[None]) / jnp.sqrt(var[None] + 1e-5)
+        return jnp.sum(COTANGENT * (PARAMS["scale"][None] * x_hat + PARAMS["bias"][None]))
+
+    found, expected = (jax.jit(jax.grad(f))(blend) for f in (loss, by_hand))
+    assert_close(found, expected, 10 * TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", [jnp.bfloat16, np.float64])
+def test_statistics_of_other_dtypes(kind, x64):
+    stats = jax.tree.map(lambda a: a.astype(kind), STATS)
+    y, new = evaluate(PARAMS, stats, X, blend=0.5)
+    exact = {name: value.astype(np.float32) for name, value in stats.items()}
+    assert_close(y, evaluate(PARAMS, exact, X, blend=0.5)[0], TOLERANCE)
+    assert new["mean"].dtype == kind
+
+
 @pytest.mark.parametrize("devices", [2, 16])
 def test_devices_and_masks_as_in_training(devices):
     x = (

@@ -243,6 +243,48 @@ def test_overrides_by_path(kind, where, left):
         assert moved(model, variables) == left
 
 
+@pytest.mark.parametrize("kind", ["predicate", "array"])
+def test_jit_traces_again_for_what_only_looks_the_same(kind):
+    """A predicate at the address of one that is gone, and an array that prints alike."""
+    model = TwoParts(jbn.linen.BatchNorm)
+    variables = model.init(jax.random.key(0), X)
+    step = jax.jit(
+        lambda: model.apply(variables, X, mutable=["batch_stats"])[1]["batch_stats"]["head"]["mean"]
+    )
+
+    def mean(which):
+        settings = {"momentum": 0.0}
+        if kind == "predicate":
+            settings["where"] = lambda path, name=("head", "backbone")[which]: path.startswith(name)
+        else:
+            settings["momentum"] = jnp.float32((0.9911, 0.9912)[which])
+        with np.printoptions(precision=2), jbn.linen.replace_batch_norm(**settings):
+            return np.asarray(step())
+
+    first = mean(0)
+    found = [mean(which) for which in (1, 0, 1)]
+    np.testing.assert_array_equal(found[1], first)
+    np.testing.assert_array_equal(found[0], found[2])
+    assert np.abs(found[0] - first).max() > 0
+
+
+def test_a_traced_override_is_of_its_trace():
+    @jax.jit
+    def inner(variables, x):
+        _, new = nn.BatchNorm(False).apply(variables, x, mutable=["batch_stats"])
+        return new["batch_stats"]["mean"]
+
+    variables = nn.BatchNorm(False).init(jax.random.key(0), X)
+
+    def outer(momentum):
+        with jbn.linen.replace_batch_norm(momentum=momentum):
+            return inner(variables, X)
+
+    for momentum in (0.5, 0.25):
+        found = jax.jit(outer)(jnp.float32(momentum))
+        assert_close(found, (1 - momentum) * X.mean(0), 1e-6)
+
+
 def test_contexts_of_different_parts_nest():
     model = TwoParts(jbn.linen.BatchNorm)
     variables = model.init(jax.random.key(0), X)

@@ -74,7 +74,8 @@ class BatchNorm(nn.Module):
       virtual_batch_size: examples that are normalized together (ghost batch norm).
       renorm: limits of batch renormalization.
       activation: "relu" gives `relu(y + residual)`.
-      blend: evaluation by `blend * running + (1 - blend) * batch` statistics; nothing is stored.
+      blend: evaluation by `blend * running + (1 - blend) * batch` statistics; nothing is stored. That of
+        frozen layers too.
 
     The last seven are explained at `jbn.batch_norm`. `momentum=None` and `debias` add `count` and `rows` to
     the collection `batch_stats`, and need a checkpoint that has them.

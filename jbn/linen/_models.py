@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
@@ -27,7 +30,12 @@ class _Replacement:
     where: Where = None
     classes: tuple[type[nn.Module], ...] = ()
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
-    ran: dict[str, bool] = dataclasses.field(default_factory=dict, repr=False)
+    ran: dict[str, bool] = dataclasses.field(default_factory=dict)
+
+    def key(self) -> str:
+        """What it shares with replacements that are the same to a trace, and with no others."""
+        overrides = [part for item in sorted(self.overrides.items()) for part in item]
+        return " ".join(map(_key, (self.where, *self.classes, *overrides)))
 
     def means(self, layer: nn.Module) -> bool:
         known = (nn.BatchNorm, BatchNorm, *self.classes)
@@ -38,6 +46,28 @@ class _Replacement:
 
 
 _ACTIVE: ContextVar[tuple[_Replacement, ...]] = ContextVar("active", default=())
+
+
+_KEPT: dict[int, Any] = {}
+"""Functions and classes that are in keys, by their ids: while they live, no other object has these."""
+
+_TRACERS = itertools.count()
+
+
+def _key(value: Any) -> str:
+    """A text that is the same for two values only if they are the same to a trace."""
+    if isinstance(value, jax.core.Tracer):
+        return f"tracer {next(_TRACERS)}"  # of this trace alone
+    if isinstance(value, (jax.Array, np.ndarray)):
+        array = np.asarray(value)
+        return f"{array.dtype}{array.shape}{array.tobytes().hex()}"
+    if callable(value):
+        _KEPT[id(value)] = value
+        return f"{value!r} {id(value)}"
+    leaves, structure = jax.tree.flatten(value)
+    if jax.tree_util.treedef_is_leaf(structure):
+        return repr(value)
+    return f"{structure}({', '.join(map(_key, leaves))})"
 
 
 class _StandIn(BatchNorm):
@@ -76,7 +106,8 @@ def replace_batch_norm(
       ValueError: an override that is no field of the layer, a `where` or `classes` of another kind.
 
     Warns:
-      UserWarning: modules ran inside, and none of them was a batch norm that is meant.
+      UserWarning: modules ran inside, and none of them was a batch norm that is meant. Those of a function
+        that `jax.jit` has compiled already do not show.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.linen
@@ -172,7 +203,7 @@ def _replacing(replacement: _Replacement) -> Iterator[None]:
 
     token = _ACTIVE.set((*_ACTIVE.get(), replacement))
     # Metadata is part of the key by which JAX finds what it has traced, replacements must be too.
-    traced_again = set_xla_metadata(jbn_replace_batch_norm=repr(_ACTIVE.get()))
+    traced_again = set_xla_metadata(jbn_replace_batch_norm=" / ".join(each.key() for each in _ACTIVE.get()))
     try:
         with nn.intercept_methods(intercept), traced_again:
             yield

@@ -66,7 +66,8 @@ class BatchNorm(nnx.Module):
       renorm: limits of batch renormalization; for a schedule they are scalar arrays from the start on. NNX
         cannot write into them: update a model with `nnx.state(model, nnx.Variable)`.
       activation: "relu" gives `relu(y + residual)`.
-      blend: evaluation by `blend * running + (1 - blend) * batch` statistics; nothing is stored.
+      blend: evaluation by `blend * running + (1 - blend) * batch` statistics; nothing is stored. That of
+        frozen layers too.
 
     The last seven are explained at `jbn.batch_norm`. `momentum=None` and `debias` add the variables `count`
     and `rows`, which a checkpoint has to have: a count of 0 says that the statistics are the initial ones.

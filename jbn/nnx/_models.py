@@ -57,7 +57,7 @@ def replace_batch_norm(
     Args:
       model: any NNX module, a single batch norm included; it is changed.
       where: which layers: a glob on their path, as `"backbone/*"`, in which `*` crosses `/`, or a predicate
-        of the path; None: all.
+        of the path; None: all. A layer that is held in several places has the first of its paths.
       classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables
         and attributes. Their subclasses are left alone.
       **overrides: attributes of `jbn.nnx.BatchNorm` that get these values in the layers.

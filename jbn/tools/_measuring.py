@@ -21,7 +21,7 @@ _CALL = "tools.recalibrate"
 
 def linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], Any]:
     """A function from a batch to trees that hold its moments, perhaps among other leaves."""
-    options = {"mutable": ["batch_stats", "batch_moments"]} if _takes_mutable(apply_fn) else {}
+    options = {"mutable": ("batch_stats", "batch_moments")} if _takes_mutable(apply_fn) else {}
 
     @jax.jit
     def step(variables: Any, batch: Any) -> Any:
