@@ -27,7 +27,7 @@ from tests.derivatives import (
     point,
     training,
 )
-from tests.versions import needs_jax
+from tests.versions import needs
 from tests.ways import ONE, Result, Way
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -44,7 +44,7 @@ def test_forward_and_reverse(mode, mask):
 
 
 # Jacobians are vmaps of derivatives.
-JACOBIAN = needs_jax("0.9.0", "no vmap of a psum in a shard_map that checks its types", TypeError)
+JACOBIAN = needs("jax", "0.9.0", "no vmap of a psum in a shard_map that checks its types", TypeError)
 PAIRS = [
     ("one device", "weights"),
     ("vmap", "weights"),

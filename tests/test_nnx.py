@@ -2,7 +2,6 @@
 
 import pickle
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ from flax import nnx
 import jbn
 import jbn.nnx
 from tests.cases import CASES, assert_close, assert_trees_close, by_name, tolerance
-from tests.versions import before
+from tests.versions import needs
 
 X = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
 COTANGENT = np.random.default_rng(1).standard_normal((8, 3)).astype(np.float32)
@@ -74,7 +73,7 @@ def test_train_and_eval_set_the_mode_and_a_call_has_precedence():
     assert_close(layer(X), normal, tolerance(np.float32))
 
 
-@pytest.mark.skipif(before("0.12.4", flax), reason="Flax before 0.12.4: no nnx.view")
+@needs("flax", "0.12.5", "no nnx.view, or one that asks other things of a layer")
 def test_a_view_has_a_mode_of_its_own():
     model = nnx.Sequential(jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     evaluating = nnx.view(model, use_running_average=True)

@@ -13,7 +13,7 @@ import jbn
 from tests import reference
 from tests.cases import tolerance
 from tests.compiling import optimized
-from tests.versions import before, needs_jax
+from tests.versions import before, needs
 
 pytestmark = pytest.mark.quick
 SHAPES = {"dense": (8192, 256), "image": (32, 14, 14, 64), "few rows": (16, 256)}
@@ -26,7 +26,7 @@ def assert_accurate(x, batch_stats, **settings):
     errors of "image" were 7.9e-6 and 1.5e-5, with each of its instruction sets.
     """
     var, y = errors(x, batch_stats, **settings)
-    chain = before("0.10.2") and x.ndim > 2
+    chain = before("jax", "0.10.2") and x.ndim > 2
     assert var < (1.6e-5 if chain else 1e-6)
     assert y < (3e-5 if chain else 2e-6)
 
@@ -91,7 +91,7 @@ def blank_in_front():
     return x
 
 
-CHAIN = needs_jax("0.10.2", "the sums are as far off as those about a shift in the very front, on some CPUs")
+CHAIN = needs("jax", "0.10.2", "on some CPUs sums are as far off as those about a shift in the very front")
 
 
 @pytest.mark.parametrize("make", [outliers_in_front, pytest.param(blank_in_front, marks=CHAIN)])

@@ -1,20 +1,19 @@
-"""What a case needs of JAX: the one way in which tests say that an older JAX cannot do it."""
+"""What a case needs of JAX or Flax: the one way in which tests say that an older one cannot do it."""
 
-import re
+import importlib.metadata
 
-import jax
 import pytest
+from packaging.version import Version
 
 
-def before(version, library=jax):
-    """Whether this JAX, or another library, is older than that."""
-    here, that = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (library.__version__, version))
-    return here < that
+def before(library, version):
+    """Whether the installed one is older than that."""
+    return Version(importlib.metadata.version(library)) < Version(version)
 
 
-def needs_jax(version, reason, raises=None):
-    """The mark of a case that fails before this JAX, with this error; without one it is skipped there."""
-    reason = f"JAX before {version}: {reason}"
+def needs(library, version, reason, raises=None):
+    """The mark of a case that fails before this version, with this error; without one it is skipped there."""
+    old, reason = before(library, version), f"{library} before {version}: {reason}"
     if raises is None:
-        return pytest.mark.skipif(before(version), reason=reason)
-    return pytest.mark.xfail(before(version), reason=reason, raises=raises, strict=True)
+        return pytest.mark.skipif(old, reason=reason)
+    return pytest.mark.xfail(old, reason=reason, raises=raises, strict=True)
