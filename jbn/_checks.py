@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jbn._errors import ArgumentError, error
+from jbn._errors import error
 from jbn._types import Axes, Dtype, X, describe, output, sharded_like
 
 _NUMBERS = (int, float, np.number, np.ndarray, jax.Array)
@@ -195,18 +195,17 @@ def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     )
 
 
-def one_value(call: str, x: X, axes: tuple[int, ...]) -> ArgumentError | None:
-    """The error of one value per channel, where that is known before anything runs."""
-    if any(x.shape[axis] != 1 for axis in axes):
-        return None
-    return error(
-        call,
-        "x",
-        f"{describe(x)}, one value per channel",
-        "a batch of at least two values per channel in training",
-        "A single value has no variance and would turn into bias: use a larger batch, "
-        "use_running_average=True, or axis_name to normalize over several devices.",
-    )
+def check_values(call: str, x: X, axes: tuple[int, ...]) -> None:
+    """More than one value per channel, where that is known before anything runs."""
+    if all(x.shape[axis] == 1 for axis in axes):
+        raise error(
+            call,
+            "x",
+            f"{describe(x)}, one value per channel",
+            "a batch of at least two values per channel in training",
+            "A single value has no variance and would turn into bias: use a larger batch, "
+            "use_running_average=True, or axis_name to normalize over several devices.",
+        )
 
 
 def as_numbers(value: Any) -> Array | None:

@@ -10,8 +10,8 @@ import numpy as np
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
-from jbn._checks import as_numbers, check_batch_stats, check_epsilon, fits, one_value
-from jbn._errors import ArgumentError, error
+from jbn._checks import as_numbers, check_batch_stats, check_epsilon, check_values, fits
+from jbn._errors import error
 from jbn._renorm import Renorm, check_renorm
 from jbn._scalars import check_momentum, check_static, is_share
 from jbn._types import Axes, AxisIndexGroups, AxisName, BatchStats, X, across, describe, sharded_like
@@ -133,26 +133,23 @@ def check_groups(call: str, options: Options, x: X, axes: tuple[int, ...]) -> No
         )
 
 
-def one_value_per_channel(
-    call: str, options: Options, x: X, axes: tuple[int, ...], weights: Array | None
-) -> ArgumentError | None:
-    """What is wrong with a batch, or groups, of one value per channel, if that is known while tracing.
+def check_several(call: str, options: Options, x: X, axes: tuple[int, ...], weights: Array | None) -> None:
+    """More than one value per channel, in the batch or in each group, as far as that is known while tracing.
 
-    Batch renormalization has a meaning there: x_hat is 0, and y = scale * d + bias.
+    Batch renormalization has a meaning for one value: x_hat is 0, and y = scale * d + bias.
     """
     if weights is not None or options.renorm is not None:
-        return None
-    if options.virtual_batch_size is None:
-        return one_value(call, x, axes) if options.axis_name is None else None
+        return
+    if options.virtual_batch_size is None and options.axis_name is None:
+        check_values(call, x, axes)
     if options.virtual_batch_size == 1 and all(x.shape[axis] == 1 for axis in axes[1:]):
-        return error(
+        raise error(
             call,
             "virtual_batch_size",
             f"1 for x = {describe(x)}, one value per channel",
             "groups of at least two values per channel in training",
             "A single value has no variance and would turn into bias: use larger groups.",
         )
-    return None
 
 
 def check_counters(

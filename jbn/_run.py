@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jbn import _checks
 from jbn._affine import Inputs, Normalization, normalize_by
 from jbn._devices import Reduction, axis_size, check_axis_name
-from jbn._errors import naming
+from jbn._errors import ArgumentError, naming
 from jbn._ghost import normalize_groups
 from jbn._measure import Measured, known_rows, measure
 from jbn._moments import Moments, to_moments
@@ -25,8 +25,8 @@ from jbn._options import (
     check_groups,
     check_options,
     check_residual,
+    check_several,
     check_statistics,
-    one_value_per_channel,
 )
 from jbn._renorm import Reference
 from jbn._running import debiased, moving_average, remember
@@ -77,20 +77,13 @@ def run(
         )
     elif evaluating is not True:
         check_groups(_CALL, options, x, axes)
-        few = one_value_per_channel(_CALL, options, x, axes, weights) if evaluating is False else None
-        if few is not None and layer is None:
-            raise few
-        if few is not None:
-            said = (
-                f"x is {describe(x)}, one value per channel in training, which has no variance: y is bias, "
-                "and nothing is updated. Use a larger batch, use_running_average=True, or axis_name to "
-                "normalize over several devices."
-                if options.virtual_batch_size is None
-                else f"virtual_batch_size is 1 for x = {describe(x)}, one value per channel in each group, "
-                "which has no variance: y is bias. The statistics are those of the whole batch. Use larger "
-                "groups."
-            )
-            warnings.warn(f"{layer}: {said}", stacklevel=4)
+        try:
+            if evaluating is False:
+                check_several(_CALL, options, x, axes, weights)
+        except ArgumentError:
+            if layer is None:
+                raise
+            _warn_of_one_value(layer, x, grouped=options.virtual_batch_size is not None)
     asked, measuring = measuring, measuring or evaluating is not True or _blends(options)
     axis_name, groups = check_axis_name(_CALL, options.axis_name, options.axis_index_groups)
     size = axis_size(_CALL, axis_name, groups) if measuring else 1
@@ -125,6 +118,18 @@ def run(
         if not asked:
             moments = jax.tree.map(lambda part: select(jnp.zeros_like(part), part), moments)
     return y, lax.stop_gradient(new_stats), moments
+
+
+def _warn_of_one_value(layer: str, x: X, *, grouped: bool) -> None:
+    said = (
+        f"virtual_batch_size is 1 for x = {describe(x)}, one value per channel in each group, which has no "
+        "variance: y is bias. The statistics are those of the whole batch. Use larger groups."
+        if grouped
+        else f"x is {describe(x)}, one value per channel in training, which has no variance: y is bias, and "
+        "nothing is updated. Use a larger batch, use_running_average=True, or axis_name to normalize over "
+        "several devices."
+    )
+    warnings.warn(f"{layer}: {said}", stacklevel=5)
 
 
 def _train(
