@@ -4,6 +4,7 @@ from typing import Literal, overload
 
 from jaxtyping import Array
 
+from jbn._errors import names_errors
 from jbn._moments import Moments
 from jbn._options import Options
 from jbn._renorm import Renorm
@@ -64,6 +65,7 @@ def batch_norm(
 ) -> tuple[Array, Stats, Moments]: ...
 
 
+@names_errors
 def batch_norm(
     params: Params | None,
     batch_stats: Stats,
@@ -180,7 +182,7 @@ def batch_norm(
         blend=blend,
         activation=activation,
     )
-    check_static("batch_norm", "return_moments", return_moments)
+    check_static("return_moments", return_moments)
     y, new_stats, moments = run(
         params,
         batch_stats,

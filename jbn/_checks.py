@@ -22,13 +22,11 @@ _RIGHT_SIZE = (
 _NOT_THE_SHAPE = "jbn.init takes the number of channels, usually x.shape[-1], and not x.shape."
 
 
-def check_x(call: str, x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
+def check_x(x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
     """x as an array of numbers, and the axes to reduce: all that are not feature axes."""
     given, x = x, as_numbers(x)
     if x is None or x.ndim == 0:
-        raise error(
-            call, "x", describe(given), "an array of numbers with at least one axis", "Convert it first."
-        )
+        raise error("x", describe(given), "an array of numbers with at least one axis", "Convert it first.")
     named = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     try:
         features = {operator.index(a) % x.ndim for a in named if -x.ndim <= operator.index(a) < x.ndim}
@@ -36,7 +34,6 @@ def check_x(call: str, x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
         features = set()
     if not named or len(features) != len(named):
         raise error(
-            call,
             "axis",
             repr(axis),
             f"one or several different axes of x = {describe(x)}",
@@ -45,11 +42,10 @@ def check_x(call: str, x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
     return x, tuple(a for a in range(x.ndim) if a not in features)
 
 
-def check_entries(call: str, argument: str, given: Any, allowed: Sequence[str]) -> None:
+def check_entries(argument: str, given: Any, allowed: Sequence[str]) -> None:
     """A mapping of one layer's arrays, not of a whole model, and one that JAX can look into."""
     if not isinstance(given, Mapping) or jax.tree_util.all_leaves([given]):
         raise error(
-            call,
             argument,
             describe(given),
             f"a dict or FrozenDict with {', '.join(allowed)}",
@@ -59,7 +55,6 @@ def check_entries(call: str, argument: str, given: Any, allowed: Sequence[str]) 
         swapped = set(unknown) <= {"scale", "bias", "mean", "var", "count", "rows"}
         layer = f"Pass the collection of one layer, for example variables['{argument}']['BatchNorm_0']."
         raise error(
-            call,
             argument,
             f"a mapping with {', '.join(unknown)}",
             f"only {', '.join(allowed)}",
@@ -69,7 +64,6 @@ def check_entries(call: str, argument: str, given: Any, allowed: Sequence[str]) 
         if isinstance(value, (list, tuple)) or as_numbers(value) is None:
             boxed = hasattr(value, "unbox")
             raise error(
-                call,
                 f"{argument}[{name!r}]",
                 f"a {type(value).__name__}" if boxed else describe(value),
                 "an array of numbers",
@@ -91,12 +85,11 @@ def _is_variable(value: Any) -> bool:
     return hasattr(value, "__jax_array__") and not isinstance(value, jax.Array)
 
 
-def check_param(call: str, argument: str, value: Array, x: X, axes: tuple[int, ...]) -> None:
+def check_param(argument: str, value: Array, x: X, axes: tuple[int, ...]) -> None:
     """A scale or bias: one value per channel, or of x's rank and broadcastable to x."""
     shape, features = np.shape(value), feature_shape(x, axes)
     if shape != features and not (len(shape) == x.ndim and fits(shape, x.shape)):
         raise error(
-            call,
             argument,
             describe(value),
             f"shape {features}, or one of {x.ndim} axes that broadcasts to x = {describe(x)}",
@@ -104,32 +97,29 @@ def check_param(call: str, argument: str, value: Array, x: X, axes: tuple[int, .
         )
 
 
-def check_param_dtype(call: str, dtype: Dtype) -> None:
+def check_param_dtype(dtype: Dtype) -> None:
     """A dtype that can hold a scale."""
     try:
         good = jnp.issubdtype(dtype, jnp.inexact)
     except TypeError:
         good = False
     if not good:
-        raise error(call, "param_dtype", repr(dtype), "a floating or complex dtype", "Usually jnp.float32.")
+        raise error("param_dtype", repr(dtype), "a floating or complex dtype", "Usually jnp.float32.")
 
 
-def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> None:
+def check_batch_stats(stats: Any, x: X, axes: tuple[int, ...]) -> None:
     """mean and var, one value per channel, perhaps with count and rows; a complex mean for complex x."""
-    check_entries(call, "batch_stats", stats, ("mean", "var", "count", "rows"))
+    check_entries("batch_stats", stats, ("mean", "var", "count", "rows"))
     if not {"mean", "var"} <= set(stats):
-        raise error(
-            call, "batch_stats", f"a mapping with {', '.join(stats)}", "mean and var", "See jbn.init."
-        )
+        raise error("batch_stats", f"a mapping with {', '.join(stats)}", "mean and var", "See jbn.init.")
     for name, value in stats.items():
         shape = () if name == "count" else feature_shape(x, axes)
         if np.shape(value) != shape:
             fix = _NOT_THE_SHAPE if np.shape(value) == x.shape else _RIGHT_SIZE
-            raise error(call, f"batch_stats[{name!r}]", describe(value), f"shape {shape}", fix)
+            raise error(f"batch_stats[{name!r}]", describe(value), f"shape {shape}", fix)
         kind = "integer" if name == "count" else "inexact"
         if not jnp.issubdtype(jnp.asarray(value).dtype, getattr(jnp, kind)):
             raise error(
-                call,
                 f"batch_stats[{name!r}]",
                 describe(value),
                 "an integer dtype" if name == "count" else "a floating dtype",
@@ -137,7 +127,6 @@ def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> Non
             )
     if jnp.iscomplexobj(x) and not jnp.iscomplexobj(stats["mean"]):
         raise error(
-            call,
             "batch_stats['mean']",
             describe(stats["mean"]),
             f"a complex dtype for x = {describe(x)}",
@@ -145,16 +134,16 @@ def check_batch_stats(call: str, stats: Any, x: X, axes: tuple[int, ...]) -> Non
         )
 
 
-def check_epsilon(call: str, epsilon: Any) -> None:
+def check_epsilon(epsilon: Any) -> None:
     """What is added to the variance: static, so that 0 can be told from the rest."""
     static = (
         not isinstance(epsilon, jax.core.Tracer) and isinstance(epsilon, _NUMBERS) and np.ndim(epsilon) == 0
     )
     if not static or not 0.0 <= float(epsilon) < float("inf"):
-        raise error(call, "epsilon", describe(epsilon), "a static number from 0 up", "The usual one is 1e-5.")
+        raise error("epsilon", describe(epsilon), "a static number from 0 up", "The usual one is 1e-5.")
 
 
-def check_dtype(call: str, dtype: Dtype | None, inputs: Sequence[Any]) -> np.dtype:
+def check_dtype(dtype: Dtype | None, inputs: Sequence[Any]) -> np.dtype:
     """The dtype of y: one that can hold what is computed from the inputs x, scale, bias."""
     is_complex = any(jnp.iscomplexobj(value) for value in inputs if value is not None)
     kind = "complex" if is_complex else "floating"
@@ -164,18 +153,17 @@ def check_dtype(call: str, dtype: Dtype | None, inputs: Sequence[Any]) -> np.dty
     except TypeError:
         good = False
     if not good:
-        raise error(call, "dtype", repr(dtype), f"a {kind} dtype", "Convert y afterwards if that is meant.")
+        raise error("dtype", repr(dtype), f"a {kind} dtype", "Convert y afterwards if that is meant.")
     return found
 
 
-def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
+def check_mask(mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     """The mask with x's rank; one of fewer axes belongs to the leading ones of `axes`, the reduced ones."""
     given, mask = mask, as_numbers(mask)
     if mask is None or jnp.iscomplexobj(mask):
-        raise error(call, "mask", describe(given), "an array of bool or float", "Compare it: mask > 0.")
+        raise error("mask", describe(given), "an array of bool or float", "Compare it: mask > 0.")
     if isinstance(given, np.ndarray) and np.any(given < 0):  # what a device holds is not asked for
         raise error(
-            call,
             "mask",
             f"{describe(mask)} with weights below 0",
             "weights from 0 up",
@@ -187,7 +175,6 @@ def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     if mask.ndim < x.ndim and mask.shape == reduced[: mask.ndim]:
         return sharded_like(jnp.expand_dims(mask, tuple(a for a in range(x.ndim) if a not in leading)), x)
     raise error(
-        call,
         "mask",
         f"{describe(mask)} for x = {describe(x)}",
         f"as many axes, each 1 or x's size, or shape {reduced} or a leading part of it",
@@ -195,11 +182,10 @@ def check_mask(call: str, mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     )
 
 
-def check_values(call: str, x: X, axes: tuple[int, ...]) -> None:
+def check_values(x: X, axes: tuple[int, ...]) -> None:
     """More than one value per channel, where that is known before anything runs."""
     if all(x.shape[axis] == 1 for axis in axes):
         raise error(
-            call,
             "x",
             f"{describe(x)}, one value per channel",
             "a batch of at least two values per channel in training",

@@ -62,7 +62,6 @@ class Reduction:
             return operation(self.axis_name, **groups)
         except NotImplementedError:
             raise error(
-                "moments",
                 "axis_index_groups",
                 f"{self.groups!r} under vmap, or under shard_map with check_vma=True",
                 "None there, where JAX cannot group devices",
@@ -72,13 +71,12 @@ class Reduction:
 
 
 def check_axis_name(
-    call: str, axis_name: AxisName | None, groups: AxisIndexGroups | None
+    axis_name: AxisName | None, groups: AxisIndexGroups | None
 ) -> tuple[AxisName | None, tuple[tuple[int, ...], ...] | None]:
     """axis_name and axis_index_groups, hashable; the groups are of equal size and divide a named axis."""
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     if any(isinstance(name, int) for name in (axis_name if isinstance(axis_name, tuple) else (axis_name,))):
         raise error(
-            call,
             "axis_name",
             repr(axis_name),
             "the name that vmap, pmap or a mesh gave an axis",
@@ -92,7 +90,6 @@ def check_axis_name(
         fixed = ()
     if axis_name is None or not any(fixed) or len({len(group) for group in fixed}) != 1:
         raise error(
-            call,
             "axis_index_groups",
             f"{groups!r} with axis_name={axis_name!r}",
             "groups of equal size of the indices of a named axis",
@@ -101,7 +98,7 @@ def check_axis_name(
     return axis_name, fixed
 
 
-def axis_size(call: str, axis_name: AxisName | None, groups: tuple[tuple[int, ...], ...] | None) -> int:
+def axis_size(axis_name: AxisName | None, groups: tuple[tuple[int, ...], ...] | None) -> int:
     """How many devices share a batch, where the axis is bound."""
     if axis_name is None:
         return 1
@@ -109,7 +106,6 @@ def axis_size(call: str, axis_name: AxisName | None, groups: tuple[tuple[int, ..
         size = int(lax.psum(1, axis_name))
     except NameError:
         raise error(
-            call,
             "axis_name",
             f"{axis_name!r}, which nothing around the call binds",
             "a name bound by shard_map, pmap or vmap",
@@ -121,7 +117,6 @@ def axis_size(call: str, axis_name: AxisName | None, groups: tuple[tuple[int, ..
         return size
     if sorted(index for group in groups for index in group) != list(range(size)):
         raise error(
-            call,
             "axis_index_groups",
             f"{groups!r} for the {size} devices of {axis_name!r}",
             "each index in one group",

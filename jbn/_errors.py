@@ -1,18 +1,28 @@
-"""What is wrong with a call, in four parts.
+"""What is wrong with a call, in four parts: which argument, what came, what was expected, how to mend it.
 
-The builder `error` makes every text: which argument of which call, what came, what was expected, how to
-mend it. A layer puts its own name and path in the place of the core's, around the call into the core.
+An error is raised where the fault is found, by code that does not know which function the user called. The
+first public function that it passes on its way out gives it its name.
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ArgumentError(ValueError):
-    """An argument that jbn cannot work with: which call, and what is wrong."""
+    """An argument that jbn cannot work with: what is wrong, in which function, at which layer of a model."""
+
+    def __init__(self, text: str, function: str = "", layer: str = "") -> None:
+        super().__init__(text, function, layer)
 
     def __str__(self) -> str:
-        return ": ".join(self.args)
+        text, *names = self.args
+        return ": ".join(part for part in (" ".join(filter(None, names)), text) if part)
 
 
 class UnboundAxisError(ArgumentError, NameError):
@@ -20,16 +30,32 @@ class UnboundAxisError(ArgumentError, NameError):
 
 
 def error(
-    call: str, argument: str, got: str, expected: str, fix: str, kind: type[ArgumentError] = ArgumentError
+    argument: str, got: str, expected: str, fix: str, kind: type[ArgumentError] = ArgumentError
 ) -> ArgumentError:
     """The one builder of error texts."""
-    return kind(f"jbn.{call}", f"{argument} is {got}. Expected {expected}. {fix}")
+    return kind(f"{argument} is {got}. Expected {expected}. {fix}")
 
 
 @contextlib.contextmanager
-def naming(call: str) -> Iterator[None]:
-    """Errors inside are those of this call, for the user knows no other; also a decorator."""
+def named_errors(function: str = "", *, layer: str = "") -> Iterator[None]:
+    """Errors that leave the block have this function and this layer, unless they have a function already."""
     try:
         yield
-    except ArgumentError as caught:
-        raise type(caught)(call, *caught.args[1:]) from None
+    except ArgumentError as passing:
+        text, named, inner_layer = passing.args
+        if not named:
+            passing.args = (text, function, inner_layer or layer)
+        raise
+
+
+def names_errors(function: Callable[P, T]) -> Callable[P, T]:
+    """A public function, or method, whose errors have its public name: that of its package and its own."""
+    package = itertools.takewhile(lambda part: not part.startswith("_"), function.__module__.split("."))
+    name = ".".join([*package, function.__qualname__])
+
+    @functools.wraps(function)
+    def named(*args: P.args, **kwargs: P.kwargs) -> T:
+        with named_errors(name):
+            return function(*args, **kwargs)
+
+    return named

@@ -7,10 +7,11 @@ import numpy as np
 from jaxtyping import Array
 
 from jbn._checks import check_param_dtype
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._types import Dtype
 
 
+@names_errors
 def init(
     features: int | Sequence[int],
     *,
@@ -51,8 +52,8 @@ def init(
     if not shape or not all(
         type(n) is not bool and isinstance(n, (int, np.integer)) and n >= 0 for n in shape
     ):
-        raise error("init", "features", repr(features), "an int or a tuple of ints", "Usually x.shape[-1].")
-    check_param_dtype("init", param_dtype)
+        raise error("features", repr(features), "an int or a tuple of ints", "Usually x.shape[-1].")
+    check_param_dtype(param_dtype)
     params = {}
     if use_scale:
         params["scale"] = jnp.ones(shape, param_dtype)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Num
 
 from jbn._checks import check_mask, check_x
 from jbn._devices import Reduction, axis_size, check_axis_name
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._measure import Measured, measure, merge_measured
 from jbn._types import Axes, AxisIndexGroups, AxisName, X, describe
 
@@ -48,6 +48,7 @@ def to_moments(measured: Measured, axes: tuple[int, ...]) -> Moments:
     return Moments(total, shift + rest, var)
 
 
+@names_errors
 def moments(
     x: X,
     *,
@@ -87,15 +88,16 @@ def moments(
 
     Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983 (shifted data).
     """
-    x, axes = check_x("moments", x, axis)
-    axis_name, groups = check_axis_name("moments", axis_name, axis_index_groups)
-    size = axis_size("moments", axis_name, groups)
-    weights = None if mask is None else check_mask("moments", mask, x, axes)
+    x, axes = check_x(x, axis)
+    axis_name, groups = check_axis_name(axis_name, axis_index_groups)
+    size = axis_size(axis_name, groups)
+    weights = None if mask is None else check_mask(mask, x, axes)
     run = _compiled_measure if axis_name is None else measure
     found: Moments = to_moments(run(x, weights, Reduction(axes, axis_name, groups, size)), axes)
     return found
 
 
+@names_errors
 def merge(*moments: Moments) -> Moments:
     """The moments of all rows together, as if they had come in one batch.
 
@@ -125,7 +127,6 @@ def merge(*moments: Moments) -> Moments:
         not isinstance(m, Moments) or m.mean.shape != moments[0].mean.shape for m in moments
     ):
         raise error(
-            "merge",
             "moments",
             f"({', '.join(describe(getattr(m, 'mean', m)) for m in moments)})",
             "one or more jbn.Moments of one shape",

@@ -50,28 +50,26 @@ def counters(momentum: float | Array | None, debias: bool) -> tuple[str, ...]:
 
 
 def check_options(
-    call: str, options: Options, x: X, axes: tuple[int, ...], weights: Array | None, dtype: np.dtype
+    options: Options, x: X, axes: tuple[int, ...], weights: Array | None, dtype: np.dtype
 ) -> None:
     """Each option, and those that do not go together."""
-    check_momentum(call, options.momentum)
-    check_epsilon(call, options.epsilon)
+    check_momentum(options.momentum)
+    check_epsilon(options.epsilon)
     for name in ("unbiased", "debias", "skip_nonfinite"):
-        check_static(call, name, getattr(options, name))
+        check_static(name, getattr(options, name))
     if options.debias:
-        _check_debias(call, options.momentum, weights, axes)
+        _check_debias(options.momentum, weights, axes)
     size = options.virtual_batch_size
     if size is not None and (isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1):
         raise error(
-            call,
             "virtual_batch_size",
             describe(size),
             "a static int from 1 up, or None",
             "Usually 32 to 256.",
         )
-    check_renorm(call, options.renorm, x)
+    check_renorm(options.renorm, x)
     if options.blend is not None and not is_share(options.blend):
         raise error(
-            call,
             "blend",
             describe(options.blend),
             "a number from 0 to 1, a scalar array, or None",
@@ -81,7 +79,6 @@ def check_options(
         options.activation != "relu" or jnp.issubdtype(dtype, jnp.complexfloating)
     ):
         raise error(
-            call,
             "activation",
             f"{options.activation if isinstance(options.activation, str) else 'no text'} for y of {dtype}",
             "None, or 'relu' for a real y",
@@ -90,25 +87,24 @@ def check_options(
 
 
 def check_statistics(
-    call: str, options: Options, batch_stats: BatchStats | None, x: X, axes: tuple[int, ...], training: bool
+    options: Options, batch_stats: BatchStats | None, x: X, axes: tuple[int, ...], training: bool
 ) -> None:
     """Running statistics that fit x, with what the options need."""
     if batch_stats is None:
         for name, use in (("renorm", "to correct towards"), ("blend", "to blend with")):
             if getattr(options, name) is not None:
                 raise error(
-                    call,
                     name,
                     "given, and batch_stats is None",
                     f"running statistics {use}",
                     f"Pass the batch_stats of jbn.init, or leave {name} out.",
                 )
         return
-    check_batch_stats(call, batch_stats, x, axes)
-    check_counters(call, batch_stats, options.momentum, debias=options.debias, training=training)
+    check_batch_stats(batch_stats, x, axes)
+    check_counters(batch_stats, options.momentum, debias=options.debias, training=training)
 
 
-def check_groups(call: str, options: Options, x: X, axes: tuple[int, ...]) -> None:
+def check_groups(options: Options, x: X, axes: tuple[int, ...]) -> None:
     """Groups that divide the batch."""
     size = options.virtual_batch_size
     if size is None:
@@ -116,7 +112,6 @@ def check_groups(call: str, options: Options, x: X, axes: tuple[int, ...]) -> No
     examples = x.shape[axes[0]] if axes else 0
     if not axes or examples % size:
         raise error(
-            call,
             "virtual_batch_size",
             f"{size} for x = {describe(x)}",
             f"a divisor of the {examples} examples",
@@ -125,7 +120,6 @@ def check_groups(call: str, options: Options, x: X, axes: tuple[int, ...]) -> No
     groups, devices = examples // size, across(x, axes[0])
     if devices > 1 and groups > 1 and groups % devices:
         raise error(
-            call,
             "virtual_batch_size",
             f"{size}, {groups} groups on {devices} devices",
             "groups that lie on one device each",
@@ -133,7 +127,7 @@ def check_groups(call: str, options: Options, x: X, axes: tuple[int, ...]) -> No
         )
 
 
-def check_several(call: str, options: Options, x: X, axes: tuple[int, ...], weights: Array | None) -> None:
+def check_several(options: Options, x: X, axes: tuple[int, ...], weights: Array | None) -> None:
     """More than one value per channel, in the batch or in each group, as far as that is known while tracing.
 
     Batch renormalization has a meaning for one value: x_hat is 0, and y = scale * d + bias.
@@ -141,10 +135,9 @@ def check_several(call: str, options: Options, x: X, axes: tuple[int, ...], weig
     if weights is not None or options.renorm is not None:
         return
     if options.virtual_batch_size is None and options.axis_name is None:
-        check_values(call, x, axes)
+        check_values(x, axes)
     if options.virtual_batch_size == 1 and all(x.shape[axis] == 1 for axis in axes[1:]):
         raise error(
-            call,
             "virtual_batch_size",
             f"1 for x = {describe(x)}, one value per channel",
             "groups of at least two values per channel in training",
@@ -153,7 +146,7 @@ def check_several(call: str, options: Options, x: X, axes: tuple[int, ...], weig
 
 
 def check_counters(
-    call: str, batch_stats: BatchStats, momentum: float | Array | None, *, debias: bool, training: bool
+    batch_stats: BatchStats, momentum: float | Array | None, *, debias: bool, training: bool
 ) -> None:
     """The entries that momentum=None and debias count with."""
     needed = {"rows": training and momentum is None, "count": debias and momentum is not None}
@@ -161,7 +154,6 @@ def check_counters(
         if is_needed and name not in batch_stats:
             reason = "momentum=None" if momentum is None else "debias=True"
             raise error(
-                call,
                 "batch_stats",
                 f"a mapping with {', '.join(batch_stats)}",
                 f"{name} for {reason}",
@@ -169,13 +161,12 @@ def check_counters(
             )
 
 
-def check_start(call: str, debias: bool, mean_init: Any, var_init: Any) -> None:
+def check_start(debias: bool, mean_init: Any, var_init: Any) -> None:
     """With debias, the initial statistics 0 and 1: they are what is divided out."""
     # unwrapped, since nn.with_partitioning gives an initializer names of axes and the same values
     mean_init, var_init = (None if init is None else inspect.unwrap(init) for init in (mean_init, var_init))
     if debias and (mean_init not in (None, zeros) or var_init not in (None, ones)):
         raise error(
-            call,
             "debias",
             "True with a mean_init or var_init of your own",
             "initial statistics 0 and 1, which debiased evaluation divides out",
@@ -183,14 +174,11 @@ def check_start(call: str, debias: bool, mean_init: Any, var_init: Any) -> None:
         )
 
 
-def _check_debias(
-    call: str, momentum: float | Array | None, weights: Array | None, axes: tuple[int, ...]
-) -> None:
+def _check_debias(momentum: float | Array | None, weights: Array | None, axes: tuple[int, ...]) -> None:
     """One momentum, and updates of all channels alike: else their count does not say what is left."""
-    check_constant(call, momentum)
+    check_constant(momentum)
     if weights is not None and any(size != 1 for axis, size in enumerate(weights.shape) if axis not in axes):
         raise error(
-            call,
             "mask",
             f"{describe(weights)} with debias=True",
             "one for all channels",
@@ -198,11 +186,10 @@ def _check_debias(
         )
 
 
-def check_constant(call: str, momentum: float | Array | None) -> None:
+def check_constant(momentum: float | Array | None) -> None:
     """A momentum for debiasing."""
     if isinstance(momentum, (jax.Array, np.ndarray)):
         raise error(
-            call,
             "momentum",
             f"{describe(momentum)}, to debias with",
             "a number, or None",
@@ -210,7 +197,7 @@ def check_constant(call: str, momentum: float | Array | None) -> None:
         )
 
 
-def check_residual(call: str, residual: Any, x: X, dtype: np.dtype) -> Array | None:
+def check_residual(residual: Any, x: X, dtype: np.dtype) -> Array | None:
     """What is added to y: an array that broadcasts to x."""
     if residual is None:
         return None
@@ -222,7 +209,6 @@ def check_residual(call: str, residual: Any, x: X, dtype: np.dtype) -> Array | N
         or (jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating))
     ):
         raise error(
-            call,
             "residual",
             f"{describe(residual)} for x = {describe(x)}",
             "an array of as many axes, each 1 or x's size, and complex only if y is",

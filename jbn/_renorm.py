@@ -88,7 +88,7 @@ def renormalized(
     return r, d if bias is None else bias.astype(kind) + d
 
 
-def check_renorm(call: str, renorm: Any, x: X) -> None:
+def check_renorm(renorm: Any, x: X) -> None:
     """Limits that are possible, and real x."""
     if renorm is None:
         return
@@ -97,7 +97,6 @@ def check_renorm(call: str, renorm: Any, x: X) -> None:
         _is_scalar_from(lowest, getattr(renorm, name)) for name, lowest in limits.items()
     ):
         raise error(
-            call,
             "renorm",
             describe(renorm),
             "jbn.Renorm(r_max, d_max) with scalars, r_max from 1 and d_max from 0 up",
@@ -105,7 +104,6 @@ def check_renorm(call: str, renorm: Any, x: X) -> None:
         )
     if renorm.r_min is not None and not is_share(renorm.r_min):
         raise error(
-            call,
             "renorm",
             f"given with r_min = {describe(renorm.r_min)}",
             "a scalar r_min from 0 to 1, or None",
@@ -113,7 +111,6 @@ def check_renorm(call: str, renorm: Any, x: X) -> None:
         )
     if jnp.iscomplexobj(x):
         raise error(
-            call,
             "renorm",
             f"given for x = {describe(x)}",
             "real x",

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jbn import _checks
 from jbn._affine import Inputs, Normalization, normalize_by
 from jbn._devices import Reduction, axis_size, check_axis_name
-from jbn._errors import ArgumentError, naming
+from jbn._errors import ArgumentError
 from jbn._ghost import normalize_groups
 from jbn._measure import Measured, known_rows, measure
 from jbn._moments import Moments, to_moments
@@ -33,12 +33,9 @@ from jbn._running import debiased, moving_average, remember
 from jbn._scalars import check_flag, is_number
 from jbn._types import BatchStats, Dtype, Flag, Params, X, describe, sharded_like, wide, working
 
-_CALL = "batch_norm"
-
 Stats = TypeVar("Stats", bound=BatchStats | None)
 
 
-@naming("jbn.batch_norm")
 def run(
     params: Params | None,
     batch_stats: Stats,
@@ -59,16 +56,16 @@ def run(
     per channel is welcome and no axis name is bound; in training a `layer` of that name warns of it.
     """
     params, batch_stats = _checks.unwrapped(params), _checks.unwrapped(batch_stats)
-    x, axes = _checks.check_x(_CALL, x, options.axis)
-    weights = None if mask is None else _checks.check_mask(_CALL, mask, x, axes)
+    x, axes = _checks.check_x(x, options.axis)
+    weights = None if mask is None else _checks.check_mask(mask, x, axes)
     scale, bias = _expanded_params(params, x, axes)
-    dtype = _checks.check_dtype(_CALL, dtype, (x, scale, bias))
-    residual = check_residual(_CALL, residual, x, dtype)
-    check_options(_CALL, options, x, axes, weights, dtype)
-    evaluating = check_flag(_CALL, use_running_average)
+    dtype = _checks.check_dtype(dtype, (x, scale, bias))
+    residual = check_residual(residual, x, dtype)
+    check_options(options, x, axes, weights, dtype)
+    evaluating = check_flag(use_running_average)
     if batch_stats is None:
         evaluating = False
-    check_statistics(_CALL, options, batch_stats, x, axes, training=evaluating is not True)
+    check_statistics(options, batch_stats, x, axes, training=evaluating is not True)
 
     inputs = Inputs(x, weights, scale, bias, residual)
     if starting:
@@ -76,17 +73,17 @@ def run(
             options, axis_name=None, axis_index_groups=None, virtual_batch_size=None
         )
     elif evaluating is not True:
-        check_groups(_CALL, options, x, axes)
+        check_groups(options, x, axes)
         try:
             if evaluating is False:
-                check_several(_CALL, options, x, axes, weights)
+                check_several(options, x, axes, weights)
         except ArgumentError:
             if layer is None:
                 raise
             _warn_of_one_value(layer, x, grouped=options.virtual_batch_size is not None)
     asked, measuring = measuring, measuring or evaluating is not True or _blends(options)
-    axis_name, groups = check_axis_name(_CALL, options.axis_name, options.axis_index_groups)
-    size = axis_size(_CALL, axis_name, groups) if measuring else 1
+    axis_name, groups = check_axis_name(options.axis_name, options.axis_index_groups)
+    size = axis_size(axis_name, groups) if measuring else 1
     config = Normalization(
         Reduction(axes, axis_name, groups, size), float(options.epsilon), dtype, options.activation
     )
@@ -129,7 +126,7 @@ def _warn_of_one_value(layer: str, x: X, *, grouped: bool) -> None:
         "nothing is updated. Use a larger batch, use_running_average=True, or axis_name to normalize over "
         "several devices."
     )
-    warnings.warn(f"{layer}: {said}", stacklevel=5)
+    warnings.warn(f"{layer}: {said}", stacklevel=4)
 
 
 def _train(
@@ -190,9 +187,9 @@ def _expanded(statistic: Array, config: Normalization, x: X) -> Array:
 def _expanded_params(params: Params | None, x: X, axes: tuple[int, ...]) -> tuple[Array | None, Array | None]:
     """Scale and bias with x's rank, None where there is none."""
     params = {} if params is None else params
-    _checks.check_entries(_CALL, "params", params, ("scale", "bias"))
+    _checks.check_entries("params", params, ("scale", "bias"))
     for name, value in params.items():
-        _checks.check_param(_CALL, f"params[{name!r}]", value, x, axes)
+        _checks.check_param(f"params[{name!r}]", value, x, axes)
     full = {name: v if np.ndim(v) == x.ndim else jnp.expand_dims(v, axes) for name, v in params.items()}
     scale, bias = (sharded_like(full[name], x) if name in full else None for name in ("scale", "bias"))
     return scale, bias

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jbn._checks import check_batch_stats, unwrapped
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._moments import Moments, merge
 from jbn._options import check_counters
 from jbn._scalars import check_momentum, check_static
@@ -22,6 +22,7 @@ MANY = 2**30
 """From so many updates on a count stands for updates without end: i32 has room for as many more."""
 
 
+@names_errors
 def update(
     batch_stats: BatchStats,
     moments: Moments,
@@ -60,14 +61,26 @@ def update(
 
     Reference: Ioffe and Szegedy 2015, arXiv 1502.03167, section 3.1.
     """
+    return updated(batch_stats, moments, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite)
+
+
+def updated(
+    batch_stats: BatchStats,
+    moments: Moments,
+    *,
+    momentum: float | Array | None,
+    unbiased: bool,
+    skip_nonfinite: bool,
+) -> BatchStats:
+    """`update`, of which errors do not know yet which function the user called."""
     batch_stats = unwrapped(batch_stats)
-    check_momentum("update", momentum)
+    check_momentum(momentum)
     for name, choice in (("unbiased", unbiased), ("skip_nonfinite", skip_nonfinite)):
-        check_static("update", name, choice)
+        check_static(name, choice)
     if not isinstance(moments, Moments) or len({np.shape(part) for part in vars(moments).values()}) > 1:
-        raise error("update", "moments", describe(moments), "jbn.Moments", "Measure x: jbn.moments(x).")
-    check_batch_stats("update", batch_stats, moments.mean, ())
-    check_counters("update", batch_stats, momentum, debias=False, training=True)
+        raise error("moments", describe(moments), "jbn.Moments", "Measure x: jbn.moments(x).")
+    check_batch_stats(batch_stats, moments.mean, ())
+    check_counters(batch_stats, momentum, debias=False, training=True)
     return remember(
         batch_stats, moments, momentum, moments.count > 0, unbiased=unbiased, skip_nonfinite=skip_nonfinite
     )

@@ -11,11 +11,10 @@ from jbn._errors import error
 from jbn._types import describe
 
 
-def check_momentum(call: str, momentum: Any) -> None:
+def check_momentum(momentum: Any) -> None:
     """The share of the old statistics, static or a scalar array; None is cumulative."""
     if momentum is not None and not is_share(momentum):
         raise error(
-            call,
             "momentum",
             describe(momentum),
             "a number from 0 to 1, a scalar array, or None (cumulative)",
@@ -37,13 +36,12 @@ def is_share(value: Any) -> bool:
     return given.shape == () and real and bool(0.0 <= given <= 1.0)
 
 
-def check_flag(call: str, flag: Any) -> bool | Array:
+def check_flag(flag: Any) -> bool | Array:
     """use_running_average as a bool, or as a scalar array if it is traced."""
     if isinstance(flag, (bool, np.bool_)):
         return bool(flag)
     if describe(flag) != "bool[]":
         raise error(
-            call,
             "use_running_average",
             describe(flag),
             "True (evaluation) or False (training)",
@@ -52,11 +50,10 @@ def check_flag(call: str, flag: Any) -> bool | Array:
     return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
 
 
-def check_static(call: str, argument: str, flag: Any) -> None:
+def check_static(argument: str, flag: Any) -> None:
     """A choice of what is written, which cannot be made while the compiled program runs."""
     if not isinstance(flag, (bool, np.bool_)):
         raise error(
-            call,
             argument,
             describe(flag),
             "True or False",

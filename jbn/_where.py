@@ -18,11 +18,10 @@ def matches(where: Where, path: str) -> bool:
     return fnmatch.fnmatchcase(path, where) if isinstance(where, str) else bool(where(path))
 
 
-def check_where(call: str, where: Any, classes: Any, base: type) -> None:
+def check_where(where: Any, classes: Any, base: type) -> None:
     """A glob or a predicate, and a tuple of classes of modules."""
     if not (where is None or isinstance(where, str) or callable(where)):
         raise error(
-            call,
             "where",
             describe(where),
             "a glob on the paths of layers, a predicate of a path, or None",
@@ -32,7 +31,6 @@ def check_where(call: str, where: Any, classes: Any, base: type) -> None:
         isinstance(kind, type) and issubclass(kind, base) for kind in classes
     ):
         raise error(
-            call,
             "classes",
             repr(classes),
             "a tuple of classes of modules",

@@ -7,9 +7,10 @@ import pickle
 import traceback
 from pathlib import Path
 
+import jax
 import pytest
 
-import jbn
+import jbn.linen
 from tests import (
     test_torch_model,
     texts_convert,
@@ -88,3 +89,10 @@ def test_errors_survive_pickling():
     with pytest.raises(ValueError, match="nothing around the call binds") as caught:
         jbn.moments(texts_core.X, axis_name="data")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_an_error_keeps_the_name_of_the_function_where_it_came_from():
+    """A function of the user's own, inside of a layer."""
+    layer = jbn.linen.BatchNorm(use_running_average=False, scale_init=lambda *_: jbn.merge())
+    with pytest.raises(ValueError, match=r"^jbn\.merge: moments is \(\)\."):
+        layer.init(jax.random.key(0), texts_core.X)

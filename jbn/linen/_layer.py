@@ -14,7 +14,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array
 
 from jbn._checks import check_x, feature_shape
-from jbn._errors import error, naming
+from jbn._errors import error, named_errors
 from jbn._moments import Moments, merge
 from jbn._options import Options, check_start, counters
 from jbn._renorm import Renorm
@@ -152,17 +152,16 @@ class BatchNorm(nn.Module):
           UserWarning: one value per channel in training: y is bias, and nothing is updated.
         """
         name = "jbn.linen.BatchNorm" + (f" {'/'.join(self.path)!r}" if self.path else "")
-        with naming(name):
-            check_static("BatchNorm", "update_batch_stats", update_batch_stats)
+        with named_errors(name):
+            check_static("update_batch_stats", update_batch_stats)
             flag = True if self.frozen else self._mode(use_running_average)
-            x, axes = check_x("linen.BatchNorm", x, self.axis)
+            x, axes = check_x(x, self.axis)
             params = self._params(feature_shape(x, axes))
             running = self._running(x, feature_shape(x, axes))
             starting = self.is_initializing()
             writes = update_batch_stats and flag is not True and not starting
             if writes and not self.is_mutable_collection("batch_stats"):
                 raise error(
-                    "linen.BatchNorm",
                     "batch_stats",
                     "immutable in training",
                     "a collection that can be updated",
@@ -213,13 +212,12 @@ class BatchNorm(nn.Module):
         given = [flag for flag in (self.use_running_average, argument) if flag is not None]
         if len(given) != 1:
             raise error(
-                "linen.BatchNorm",
                 "use_running_average",
                 "given twice" if given else "missing",
                 "it in the constructor or in the call, once",
                 "Pass use_running_average=False in training and True in evaluation.",
             )
-        return check_flag("linen.BatchNorm", given[0])
+        return check_flag(given[0])
 
     @nn.nowrap
     def _params(self, features: tuple[int, ...]) -> dict[str, Array]:
@@ -237,13 +235,12 @@ class BatchNorm(nn.Module):
         """The running statistics. After the parameters, whose keys are then those that Flax gives."""
         if not self.has_variable("batch_stats", "mean") and not self.is_mutable_collection("batch_stats"):
             raise error(
-                "linen.BatchNorm",
                 "batch_stats",
                 "missing",
                 "the collection that init returned, or that training updated",
                 "Pass it beside the parameters: apply({'params': params, 'batch_stats': batch_stats}, ...).",
             )
-        check_start("linen.BatchNorm", self.debias, self.mean_init, self.var_init)
+        check_start(self.debias, self.mean_init, self.var_init)
         kind = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
         key = self.make_rng("params") if self.has_rng("params") else None
         initial: dict[str, tuple[Any, ...]] = {

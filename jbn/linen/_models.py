@@ -16,7 +16,7 @@ from flax.core import meta
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
-from jbn._errors import error
+from jbn._errors import error, named_errors
 from jbn._moments import Moments
 from jbn._types import Flag, X
 from jbn._where import Where, check_where, matches
@@ -118,16 +118,9 @@ def replace_batch_norm(
       >>> print(new["batch_stats"]["mean"])
       [1.]
     """
-    fields = _fields(BatchNorm)
-    if unknown := sorted(set(overrides) - fields):
-        raise error(
-            "linen.replace_batch_norm",
-            "overrides",
-            ", ".join(unknown),
-            f"fields of jbn.linen.BatchNorm ({', '.join(sorted(fields))})",
-            "Check the spelling.",
-        )
-    check_where("linen.replace_batch_norm", where, classes, nn.Module)
+    with named_errors("jbn.linen.replace_batch_norm"):
+        _check_overrides(overrides)
+        check_where(where, classes, nn.Module)
     replacement = _Replacement(where, tuple(classes), overrides)
     with _replacing(replacement):
         yield
@@ -137,6 +130,18 @@ def replace_batch_norm(
             f"jbn.linen.replace_batch_norm: modules of {ran} ran, and none was a batch "
             "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=.",
             stacklevel=3,
+        )
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Fields of our layer."""
+    fields = _fields(BatchNorm)
+    if unknown := sorted(set(overrides) - fields):
+        raise error(
+            "overrides",
+            ", ".join(unknown),
+            f"fields of jbn.linen.BatchNorm ({', '.join(sorted(fields))})",
+            "Check the spelling.",
         )
 
 

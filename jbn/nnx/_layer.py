@@ -12,7 +12,7 @@ from flax.nnx.nn import dtypes
 from jax.nn.initializers import Initializer, ones, zeros
 from jaxtyping import Array
 
-from jbn._errors import error, naming
+from jbn._errors import error, named_errors
 from jbn._moments import merge
 from jbn._options import Options, check_start, counters
 from jbn._renorm import Renorm
@@ -159,8 +159,8 @@ class BatchNorm(nnx.Module):
         self.renorm = setting(renorm)
         self.activation = activation
         self.blend = setting(blend)
-        with naming(f"jbn.nnx.BatchNorm of {num_features} features"):
-            check_start("nnx.BatchNorm", debias, mean_init, var_init)
+        with named_errors(f"jbn.nnx.BatchNorm of {num_features} features"):
+            check_start(debias, mean_init, var_init)
 
     def __call__(
         self,
@@ -192,8 +192,8 @@ class BatchNorm(nnx.Module):
           UserWarning: one value per channel in training: y is bias, and nothing is updated.
         """
         name = f"jbn.nnx.BatchNorm of {self.num_features} features"
-        with naming(name):
-            check_static("BatchNorm", "update_batch_stats", update_batch_stats)
+        with named_errors(name):
+            check_static("update_batch_stats", update_batch_stats)
             flag = True if self.frozen else self._mode(use_running_average)
             given = (("scale", self.scale), ("bias", self.bias))
             params = {entry: param[...] for entry, param in given if param is not None}
@@ -240,14 +240,13 @@ class BatchNorm(nnx.Module):
         flag = self.use_running_average if argument is None else argument
         if flag is None:
             raise error(
-                "nnx.BatchNorm",
                 "use_running_average",
                 "missing",
                 "it in the constructor or in the call",
                 "Call model.train() or model.eval(), or pass use_running_average=False in training and "
                 "True in evaluation.",
             )
-        return check_flag("nnx.BatchNorm", flag)
+        return check_flag(flag)
 
     def _output_dtype(self, x: X, params: Mapping[str, Array]) -> Dtype:
         """The dtype that Flax's rule gives y, or the one that the caller's `promote_dtype` gives."""

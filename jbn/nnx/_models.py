@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._moments import Moments
 from jbn._options import counters
 from jbn._where import Where, check_where, matches
@@ -22,6 +22,7 @@ _DEFAULTS = OWN_SETTINGS | {
 }
 
 
+@names_errors
 def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
     """Gives every batch norm of a model a variable for the moments of its batches, with no rows in it yet.
 
@@ -44,6 +45,7 @@ def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
             layer.batch_moments = nnx.data(BatchMoments(Moments(zero, mean, zero)) if keep else None)
 
 
+@names_errors
 def replace_batch_norm(
     model: Model, where: Where = None, *, classes: tuple[type[nnx.Module], ...] = (), **overrides: Any
 ) -> Model:
@@ -82,13 +84,12 @@ def replace_batch_norm(
     settings = (*FLAX_SETTINGS, *OWN_SETTINGS)
     if unknown := sorted(set(overrides) - set(settings)):
         raise error(
-            "nnx.replace_batch_norm",
             "overrides",
             ", ".join(unknown),
             f"settings of jbn.nnx.BatchNorm ({', '.join(settings)})",
             "Check the spelling.",
         )
-    check_where("nnx.replace_batch_norm", where, classes, nnx.Module)
+    check_where(where, classes, nnx.Module)
     kinds = (nnx.BatchNorm, BatchNorm, *classes)
     modules = [
         module
@@ -100,13 +101,12 @@ def replace_batch_norm(
         warnings.warn(
             f"jbn.nnx.replace_batch_norm: the model has modules of {', '.join(ran)}, and none is a batch "
             "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=.",
-            stacklevel=2,
+            stacklevel=3,
         )
     if counters(overrides.get("momentum", 0.0), overrides.get("debias", False)) and any(
         getattr(module, "count", None) is None for module in modules
     ):
         raise error(
-            "nnx.replace_batch_norm",
             "overrides",
             "momentum=None or debias=True",
             "layers that have counted their updates from the first one",

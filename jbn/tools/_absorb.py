@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array
 
-from jbn._errors import naming
+from jbn._errors import named_errors
 from jbn._measure import inverse_deviation
 from jbn._types import Axes, Dtype, wide
 from jbn.tools._debias import debiased_start
@@ -18,9 +18,6 @@ from jbn.tools._fold import check_fold, folded, stored, times
 from jbn.tools._trees import Layer, Path, Variables, batch_norms, collections, shown, with_values
 
 Model = TypeVar("Model", bound=Variables)
-
-FOLD_VARIABLES = "tools.fold_variables"
-"""The call that errors name."""
 
 
 class Pair(NamedTuple):
@@ -44,26 +41,26 @@ def folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
     layers, norms = layers_and_norms(variables)
     params, stats = {}, {}
     for pair in pairs:
-        with naming(f"jbn.{FOLD_VARIABLES} {pair.name!r}"):
+        with named_errors(layer=repr(pair.name)):
             norm = norms[pair.norm]
             if pair.momentum is not None:
                 norm = norm._replace(batch_stats=debiased_start(norm.batch_stats, pair.momentum))
             params[pair.layer], norm = _absorbed(layers[pair.layer], norm, pair.epsilon, pair.axis)
         params[pair.norm], stats[pair.norm] = norm
-    new: Model = with_values(FOLD_VARIABLES, variables, params=params, batch_stats=stats)
+    new: Model = with_values(variables, params=params, batch_stats=stats)
     return new
 
 
 def with_norm(variables: Model, path: Path, norm: Layer) -> Model:
     """The model with other values in one batch norm."""
     values = {name: {path: entries} for name, entries in norm._asdict().items()}
-    new: Model = with_values(FOLD_VARIABLES, variables, **values)
+    new: Model = with_values(variables, **values)
     return new
 
 
 def layers_and_norms(variables: Variables) -> tuple[dict[Path, dict[str, Array]], dict[Path, Layer]]:
     """By path, the kernel and bias of everything with a kernel, and every batch norm."""
-    trees = collections(FOLD_VARIABLES, variables)
+    trees = collections(variables)
     params = flatten_dict(trees.get("params", {}))
     layers = {
         path[:-1]: {
@@ -72,7 +69,7 @@ def layers_and_norms(variables: Variables) -> tuple[dict[Path, dict[str, Array]]
         for path in params
         if path[-1] == "kernel"
     }
-    return layers, batch_norms(FOLD_VARIABLES, trees)
+    return layers, batch_norms(trees)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -6,14 +6,14 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jbn._errors import naming
-from jbn._running import update
+from jbn._errors import names_errors
+from jbn._running import updated
 from jbn._scalars import check_momentum
 from jbn._types import kept
 from jbn.tools._trees import (
     Variables,
-    at,
     batch_norms,
+    errors_at,
     moments_of,
     with_values,
     without_batch_moments,
@@ -22,6 +22,7 @@ from jbn.tools._trees import (
 Model = TypeVar("Model", bound=Variables)
 
 
+@names_errors
 def apply_moments(
     variables: Model,
     moments: Any = None,
@@ -71,18 +72,17 @@ def apply_moments(
       >>> print(jbn.tools.apply_moments(variables, moments, momentum=0.0)["batch_stats"]["mean"])
       [1.5]
     """
-    call = "tools.apply_moments"
-    check_momentum(call, momentum)
-    layers = batch_norms(call, variables)
+    check_momentum(momentum)
+    layers = batch_norms(variables)
     given: Any = variables if moments is None else moments
-    step = functools.partial(update, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite)
+    step = functools.partial(updated, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite)
     stats = {}
-    for path, batch in moments_of(call, given, layers).items():
+    for path, batch in moments_of(given, layers).items():
         old = layers[path].batch_stats
-        with naming(f"jbn.{at(call, path)}"):
+        with errors_at(path):
             of_layer = step
             for _ in range(jnp.ndim(old.get("count", 0))):  # one of each layer, if layers are stacked
                 of_layer = jax.vmap(of_layer)
             stats[path] = of_layer(old | kept(old, batch.mean), batch)
-    new: Model = with_values(call, variables, batch_stats=stats)
-    return without_batch_moments(call, new) if given is variables else new
+    new: Model = with_values(variables, batch_stats=stats)
+    return without_batch_moments(new) if given is variables else new

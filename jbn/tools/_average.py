@@ -11,12 +11,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import DictKey
 from jaxtyping import Array
 
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._moments import Moments, merge_stacked
 from jbn._running import moving_average
 from jbn._scalars import is_share
 from jbn._types import describe, wide, working
-from jbn.tools._trees import Path, Variables, at, collections, path_name, rebuilt, some, with_statistics
+from jbn.tools._trees import (
+    Path,
+    Variables,
+    collections,
+    errors_at,
+    path_name,
+    rebuilt,
+    some,
+    with_statistics,
+)
 
 Model = TypeVar("Model", bound=Variables)
 Stats = TypeVar("Stats", bound=Mapping[str, Any] | nnx.Module)
@@ -24,6 +33,7 @@ Stats = TypeVar("Stats", bound=Mapping[str, Any] | nnx.Module)
 _REPLICAS = "Pass batch_stats as pmap or vmap returns it, with the axis of the devices."
 
 
+@names_errors
 def merge_replicas(batch_stats: Stats, axis: int = 0) -> Stats:
     """Running statistics of several devices that did not synchronise, as one: for evaluation or a checkpoint.
 
@@ -53,56 +63,60 @@ def merge_replicas(batch_stats: Stats, axis: int = 0) -> Stats:
       >>> print(jbn.tools.merge_replicas(replicas))
       {'mean': Array([2.], dtype=float32), 'var': Array([2.], dtype=float32)}
     """
-    call = "tools.merge_replicas"
     if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
         fix = "Name the axis of the devices: 0 behind pmap and vmap."
-        raise error(call, "axis", repr(axis), "an integer", fix)
+        raise error("axis", repr(axis), "an integer", fix)
     if isinstance(batch_stats, nnx.State):
         state: Any = jax.tree.map(lambda leaf: leaf, batch_stats)
-        nnx.replace_by_pure_dict(state, _merged(call, nnx.to_pure_dict(batch_stats), axis))
+        nnx.replace_by_pure_dict(state, _merged(nnx.to_pure_dict(batch_stats), axis))
         return cast(Stats, state)
     is_module = isinstance(batch_stats, nnx.Module)
     if not is_module and not isinstance(batch_stats, Mapping):
         kinds = "a collection, an nnx.State or an NNX module"
-        raise error(call, "batch_stats", describe(batch_stats), kinds, _REPLICAS)
+        raise error("batch_stats", describe(batch_stats), kinds, _REPLICAS)
     variables: Any = batch_stats if is_module else {"batch_stats": batch_stats}
-    tree = _merged(call, collections(call, variables)["batch_stats"], axis)
+    tree = _merged(collections(variables)["batch_stats"], axis)
     new = rebuilt(variables, batch_stats=tree)
     return cast(Stats, new if is_module else new["batch_stats"])
 
 
-def _merged(call: str, stats: Any, axis: int) -> Any:
+def _merged(stats: Any, axis: int) -> Any:
     """`merge_replicas` of a nested dict."""
     flat: dict[Path, Any] = flatten_dict(stats)
     layers = with_statistics(flat)
     if not layers:
         expected = "a mean and a var in one place"
-        raise error(call, "batch_stats", "without a batch norm", expected, _REPLICAS)
+        raise error("batch_stats", "without a batch norm", expected, _REPLICAS)
     known = {(*path, name) for path in layers for name in ("mean", "var", "count", "rows")}
     if other := [path_name(path) for path in flat if path not in known]:
         expected = "mean, var, count and rows of batch norms alone"
         fix = "Leave the others out: jbn cannot know how they are merged."
-        raise error(call, "batch_stats", f"one with {some(other)}", expected, fix)
+        raise error("batch_stats", f"one with {some(other)}", expected, fix)
     flat = {path: jnp.asarray(value) for path, value in flat.items()}
     sizes = {value.shape[axis] if -value.ndim <= axis < value.ndim else None for value in flat.values()}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         got = f"arrays of {', '.join(sorted({describe(value) for value in flat.values()}))}"
         expected = f"one number of replicas along axis {axis}, in all of them"
-        raise error(call, "batch_stats", got, expected, _REPLICAS)
+        raise error("batch_stats", got, expected, _REPLICAS)
     for path in layers:
         mean, var = flat[*path, "mean"], flat[*path, "var"]
-        kinds = jnp.issubdtype(mean.dtype, jnp.inexact) and jnp.issubdtype(var.dtype, jnp.floating)
-        if not kinds or mean.shape != var.shape:
-            got = f"{describe(mean)} and {describe(var)}"
-            raise error(at(call, path), "mean and var", got, "floating arrays of one shape", _REPLICAS)
-        if mean.ndim < 2:  # its axis is that of the channels
-            expected = "an axis of replicas and one of channels"
-            raise error(at(call, path), "mean", describe(mean), expected, _REPLICAS)
+        with errors_at(path):
+            _check_replicas(mean, var)
         flat[*path, "mean"], flat[*path, "var"] = _pooled(mean, var, flat.get((*path, "rows")), axis)
         for name, reduce in (("count", jnp.max), ("rows", jnp.sum)):
             if (*path, name) in flat:
                 flat[*path, name] = reduce(flat[*path, name], axis).astype(flat[*path, name].dtype)
     return unflatten_dict(flat)
+
+
+def _check_replicas(mean: Array, var: Array) -> None:
+    """Statistics of a layer, with an axis in front of that of the channels."""
+    kinds = jnp.issubdtype(mean.dtype, jnp.inexact) and jnp.issubdtype(var.dtype, jnp.floating)
+    if not kinds or mean.shape != var.shape:
+        got = f"{describe(mean)} and {describe(var)}"
+        raise error("mean and var", got, "floating arrays of one shape", _REPLICAS)
+    if mean.ndim < 2:
+        raise error("mean", describe(mean), "an axis of replicas and one of channels", _REPLICAS)
 
 
 def _pooled(means: Array, variances: Array, rows: Array | None, axis: int) -> tuple[Array, Array]:
@@ -117,6 +131,7 @@ def _pooled(means: Array, variances: Array, rows: Array | None, axis: int) -> tu
     return merged.mean.astype(means.dtype), merged.var.astype(variances.dtype)
 
 
+@names_errors
 def ema(average: Model, new: Model, decay: float | Array) -> Model:
     """An exponential moving average of a whole model: parameters and statistics together.
 
@@ -153,7 +168,6 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
         return averaged
     if len({jax.tree.structure(tree) for tree in (average, new)}) > 1:
         raise error(
-            "tools.ema",
             "new",
             "of another structure than average",
             "the same model after a step of training",
@@ -177,7 +191,6 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
 def _check_decay(decay: Any) -> None:
     if not is_share(decay):
         raise error(
-            "tools.ema",
             "decay",
             describe(decay),
             "a number from 0 to 1, or a scalar array",
@@ -189,7 +202,7 @@ def _moved(name: str, old: Array, new: Array, decay: float | Array) -> Array:
     average, latest = jnp.asarray(old), jnp.asarray(new)
     if average.shape != latest.shape:
         expected = f"shape {average.shape}, as in average"
-        raise error("tools.ema", f"new{name}", describe(latest), expected, "Average one and the same model.")
+        raise error(f"new{name}", describe(latest), expected, "Average one and the same model.")
     if not jnp.issubdtype(latest.dtype, jnp.inexact):
         return jnp.copy(latest)  # not `new` itself, whose buffer the caller may donate
     return moving_average(average, latest, (decay, 1 - decay)).astype(average.dtype)

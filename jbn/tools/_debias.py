@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._options import check_constant
 from jbn._running import debiased, without_end
 from jbn._scalars import check_momentum
@@ -17,9 +17,8 @@ from jbn.tools._trees import Path, Variables, batch_norms, by_name, path_name, s
 
 Model = TypeVar("Model", bound=Variables)
 
-_CALL = "tools.debias"
 
-
+@names_errors
 def debias(
     variables: Model, *, momentum: float | Mapping[Path, float] | Mapping[str, float] | None = None
 ) -> Model:
@@ -55,7 +54,7 @@ def debias(
 
     Reference: Kingma and Ba 2014, arXiv 1412.6980, section 3.
     """
-    layers = {path: layer.batch_stats for path, layer in batch_norms(_CALL, variables).items()}
+    layers = {path: layer.batch_stats for path, layer in batch_norms(variables).items()}
     counted = {path_name(path): path for path, stats in layers.items() if "count" in stats}
     momenta: dict[str, Any]
     if isinstance(momentum, Mapping):
@@ -69,11 +68,11 @@ def debias(
         expected = (
             f"those of batch norms with a count: {some(sorted(counted)) if counted else 'there are none'}"
         )
-        raise error(_CALL, "momentum", got, expected, "Layers with debias=True keep a count.")
+        raise error("momentum", got, expected, "Layers with debias=True keep a count.")
     for value in momenta.values():
         _check(value)
     stats = {counted[path]: debiased_start(layers[counted[path]], value) for path, value in momenta.items()}
-    new: Model = with_values(_CALL, variables, batch_stats=stats)
+    new: Model = with_values(variables, batch_stats=stats)
     return new
 
 
@@ -91,9 +90,9 @@ def _own(model: nnx.Module) -> dict[str, Any]:
 def _check(momentum: Any) -> None:
     if momentum is None:
         fix = "Cumulative statistics have nothing to debias: leave their layers out."
-        raise error(_CALL, "momentum", "None", "a number from 0 to 1, that of the layers", fix)
-    check_momentum(_CALL, momentum)
-    check_constant(_CALL, momentum)
+        raise error("momentum", "None", "a number from 0 to 1, that of the layers", fix)
+    check_momentum(momentum)
+    check_constant(momentum)
 
 
 def debiased_start(batch_stats: BatchStats, momentum: float | None) -> dict[str, Array]:

@@ -94,16 +94,14 @@ class Channels:
     nonfinite: Bool[np.ndarray, "C"]
 
 
-def measured(
-    call: str, path: str, layer: Layer, batch: Moments | None, epsilon: float
-) -> tuple[LayerReport, Channels]:
+def measured(path: str, layer: Layer, batch: Moments | None, epsilon: float) -> tuple[LayerReport, Channels]:
     """A row of the table, and what it sums up."""
     stats = {name: layer.batch_stats[name] for name in ("mean", "var", "count") if name in layer.batch_stats}
     given = stats | layer.params
     given |= {} if batch is None else {f"batch {name}": value for name, value in vars(batch).items()}
-    host = {name: _host(call, _of(path, name), value) for name, value in given.items()}
+    host = {name: _host(_of(path, name), value) for name, value in given.items()}
     count = host.pop("count", None)
-    values = _aligned(call, path, host)
+    values = _aligned(path, host)
     with np.errstate(all="ignore"):
         channels = _channels(values, epsilon)
     fresh = channels.var.size > 0 and not channels.mean.any() and bool((channels.var == 1).all())
@@ -127,7 +125,7 @@ def _of(path: str, name: str) -> str:
     return f"{name} of {path!r}" if path else name
 
 
-def _host(call: str, argument: str, value: Any) -> np.ndarray:
+def _host(argument: str, value: Any) -> np.ndarray:
     """The value as float64 or complex128."""
     try:
         array = np.asarray(value)
@@ -136,18 +134,18 @@ def _host(call: str, argument: str, value: Any) -> np.ndarray:
     if not jnp.issubdtype(array.dtype, jnp.number):
         got = f"{'traced ' if isinstance(value, jax.core.Tracer) else ''}{describe(value)}"
         fix = "Call it outside of jit, grad and scan, and not on what eval_shape returns."
-        raise error(call, argument, got, "an array of numbers that can be read", fix)
+        raise error(argument, got, "an array of numbers that can be read", fix)
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
-def _aligned(call: str, path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _aligned(path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """All arrays of a layer as [C]: of one shape, or some of them shared by layers that are stacked."""
     shape = max((array.shape for array in arrays.values()), key=len)
     for name, array in arrays.items():
         if shape[len(shape) - array.ndim :] != array.shape:
             got, expected = f"of shape {array.shape}", f"{shape}, or the last axes of it, as for the others"
             fix = "Take moments and variables from the same model."
-            raise error(call, _of(path, name), got, expected, fix)
+            raise error(_of(path, name), got, expected, fix)
     return {name: np.broadcast_to(array, shape).ravel() for name, array in arrays.items()}
 
 

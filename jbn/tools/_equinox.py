@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._types import BatchStats, Params, describe
 from jbn.tools._arrays import label_of, read, to_jax, to_numpy, weight_of_updates, write
 from jbn.tools._libraries import EQUINOX, check_names
 
 
+@names_errors
 def from_equinox(state: Mapping[str, Any], *, momentum: float) -> tuple[dict[str, Array], dict[str, Array]]:
     """params and batch_stats of an Equinox BatchNorm and its State.
 
@@ -53,26 +54,26 @@ def from_equinox(state: Mapping[str, Any], *, momentum: float) -> tuple[dict[str
 
     Reference: equinox.nn.BatchNorm of Equinox 0.13.
     """
-    call = "tools.from_equinox"
     given = {k: v for k, v in state.items() if v is not None} if isinstance(state, Mapping) else state
     by_time = isinstance(given, dict) and "first_time" in given
     required = ("mean", "var", "first_time" if by_time else "counter")
-    check_names(call, "state", given, required, ("weight", "bias", *required), EQUINOX.reading)
-    first = to_numpy(call, "state['first_time']", given.pop("first_time", False))
+    check_names("state", given, required, ("weight", "bias", *required), EQUINOX.reading)
+    first = to_numpy("state['first_time']", given.pop("first_time", False))
     if first.dtype != bool or first.shape:
-        raise error(call, "state['first_time']", describe(first), "one bool", EQUINOX.reading)
+        raise error("state['first_time']", describe(first), "one bool", EQUINOX.reading)
     if first:
         fix = "Before the first batch a layer in mode='ema' has no statistics: start from jbn.init."
-        raise error(call, "state['first_time']", "True", "a layer that has seen a batch", fix)
-    params, batch_stats = read(call, EQUINOX, given)
+        raise error("state['first_time']", "True", "a layer that has seen a batch", fix)
+    params, batch_stats = read(EQUINOX, given)
     if "count" in batch_stats:
         for name in ("mean", "var"):
             value = batch_stats[name]
-            share = _share(call, momentum, batch_stats["count"], value)
+            share = _share(momentum, batch_stats["count"], value)
             batch_stats[name] = (value.astype(share.dtype) / share).astype(value.dtype)
     return params, batch_stats
 
 
+@names_errors
 def to_equinox(params: Params | None, batch_stats: BatchStats, *, momentum: float) -> dict[str, Array | None]:
     """The arrays of an Equinox BatchNorm and its State: the inverse of `from_equinox`.
 
@@ -105,22 +106,21 @@ def to_equinox(params: Params | None, batch_stats: BatchStats, *, momentum: floa
       >>> print(jbn.tools.to_equinox(*jbn.init(2), momentum=0.99)["weight"])
       [1. 1.]
     """
-    call = "tools.to_equinox"
-    arrays = write(call, EQUINOX, params, batch_stats)
+    arrays = write(EQUINOX, params, batch_stats)
     counter = arrays.pop("counter", None)
-    new = {name: to_jax(call, label_of(name), array) for name, array in arrays.items()}
+    new = {name: to_jax(label_of(name), array) for name, array in arrays.items()}
     affine = {name: new.get(name) for name in ("weight", "bias")}
     if counter is None:
         return affine | new | {"first_time": jnp.array(False)}
     for name in ("mean", "var"):
         value = new[name]
-        share = _share(call, momentum, jnp.asarray(counter.astype(np.int32)), value)
+        share = _share(momentum, jnp.asarray(counter.astype(np.int32)), value)
         new[name] = (value.astype(share.dtype) * share).astype(value.dtype)
     # Weakly typed, as the counter that the layer starts with: State.set takes no other.
     return affine | new | {"counter": jnp.array(int(counter))}
 
 
-def _share(call: str, momentum: Any, count: Array, value: Array) -> Array:
+def _share(momentum: Any, count: Array, value: Array) -> Array:
     """`weight_of_updates`, and 1 before the first one."""
-    share = weight_of_updates(call, "momentum", momentum, count, value)
+    share = weight_of_updates("momentum", momentum, count, value)
     return jnp.where(count == 0, jnp.ones_like(share), share)

@@ -45,14 +45,14 @@ class Call(NamedTuple):
         return isinstance(self.module, _NORMS)
 
 
-def calls_of(name: str, call: Callable[[Any, Any], Any], variables: Variables, x: Any) -> list[Call]:
+def calls_of(call: Callable[[Any, Any], Any], variables: Variables, x: Any) -> list[Call]:
     """What `call(variables, x)` runs, in order: every layer that could be folded into, and every batch norm.
 
     A subclass counts if it has the `__call__` of its base: any other could do anything.
     """
     if x is None:
         fix = "One example with its batch axis will do."
-        raise error(name, "x", "None", "an example input of call", fix)
+        raise error("x", "None", "an example input of call", fix)
     calls: list[Call] = []
     running = False
 
@@ -86,7 +86,7 @@ def calls_of(name: str, call: Callable[[Any, Any], Any], variables: Variables, x
 
 
 def found_pairs(
-    name: str, calls: Sequence[Call], layers: Mapping[Path, Any], norms: Mapping[Path, Layer]
+    calls: Sequence[Call], layers: Mapping[Path, Any], norms: Mapping[Path, Layer]
 ) -> list[tuple[Path, Path]]:
     """Each layer with the batch norm behind it, where nothing that can be seen speaks against folding.
 
@@ -94,7 +94,6 @@ def found_pairs(
     """
     if not any(call.is_norm for call in calls):
         raise error(
-            name,
             "pairs",
             "None, and no batch norm was seen to run",
             "pairs, or the call of a model and its x",
@@ -184,24 +183,21 @@ def _recording_class(kind: Any, path: Any, record: Callable[..., Any]) -> type:
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def named_pairs(
-    name: str, pairs: Any, layers: Iterable[Path], norms: Iterable[Path]
-) -> list[tuple[Path, Path]]:
+def named_pairs(pairs: Any, layers: Iterable[Path], norms: Iterable[Path]) -> list[tuple[Path, Path]]:
     """The pairs that the caller named, as paths of the model; each layer and batch norm once."""
     expected = "pairs of a layer and a batch norm"
     example = "For example [('block/Conv_0', 'block/BatchNorm_0')]."
     if not isinstance(pairs, Iterable):
-        raise error(name, "pairs", describe(pairs), expected, example)
+        raise error("pairs", describe(pairs), expected, example)
     found = []
     for pair in pairs:
         parts = pair if isinstance(pair, (tuple, list)) else ()
         if len(parts) != 2 or not all(isinstance(part, (str, tuple, list)) for part in parts):
-            raise error(name, "pairs", f"a sequence with {pair!r}", expected, example)
-        found.append((_known(name, pair[0], layers, "layer"), _known(name, pair[1], norms, "batch norm")))
+            raise error("pairs", f"a sequence with {pair!r}", expected, example)
+        found.append((_known(pair[0], layers, "layer"), _known(pair[1], norms, "batch norm")))
     times = Counter(path for pair in found for path in pair)
     if twice := [shown(path) for path, count in times.items() if count > 1]:
         raise error(
-            name,
             "pairs",
             f"a sequence with {', '.join(twice)} in several pairs",
             "each layer and each batch norm once",
@@ -210,12 +206,11 @@ def named_pairs(
     return found
 
 
-def _known(name: str, given: Any, paths: Iterable[Path], kind: str) -> Path:
+def _known(given: Any, paths: Iterable[Path], kind: str) -> Path:
     written = given if isinstance(given, str) else path_name(tuple(given))
     known = {path_name(path): path for path in paths}
     if written not in known:
         raise error(
-            name,
             "pairs",
             f"a sequence with the {kind} {written!r}",
             f"a {kind} of the model: {', '.join(map(shown, known.values())) or 'it has none'}",

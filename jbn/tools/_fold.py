@@ -13,13 +13,12 @@ from jaxtyping import Array
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from jbn._checks import as_numbers, check_entries, check_epsilon
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._measure import inverse_deviation
 from jbn._types import Axes, BatchStats, Dtype, Params, describe, sharded_like, wide, working
 
-_FOLD = "tools.fold"
 
-
+@names_errors
 def fold(
     kernel: Array,
     bias: Array | None,
@@ -87,7 +86,7 @@ def check_fold(
         array = as_numbers(value)
         if array is None or not jnp.issubdtype(array.dtype, jnp.inexact):
             text = "a floating or complex array"
-            raise error(_FOLD, name, describe(value), text, "Fold first, and quantize then.")
+            raise error(name, describe(value), text, "Fold first, and quantize then.")
     kernel = jnp.asarray(kernel)
     try:
         axes = tuple(sorted(normalize_axis_tuple(axis, kernel.ndim)))
@@ -95,15 +94,14 @@ def check_fold(
         axes = ()
     if not axes:
         raise error(
-            _FOLD,
             "axis",
             repr(axis),
             f"one or several different axes of kernel = {describe(kernel)}",
             "Name those with the output channels: -1, or -2 for transpose_kernel=True.",
         )
-    check_epsilon(_FOLD, epsilon)
-    check_entries(_FOLD, "params", params, ("scale", "bias"))
-    check_entries(_FOLD, "batch_stats", batch_stats, ("mean", "var", "count", "rows"))
+    check_epsilon(epsilon)
+    check_entries("params", params, ("scale", "bias"))
+    check_entries("batch_stats", batch_stats, ("mean", "var", "count", "rows"))
     features = tuple(kernel.shape[a] for a in axes)
     named = {f"params[{name!r}]": value for name, value in params.items()}
     named |= {f"batch_stats[{name!r}]": batch_stats.get(name) for name in ("mean", "var")}
@@ -112,7 +110,6 @@ def check_fold(
     for name, value in named.items():
         if value is None or jnp.shape(value) != features:
             raise error(
-                _FOLD,
                 name,
                 describe(value),
                 f"shape {features}, that of axis {axis} of kernel = {describe(kernel)}",

@@ -6,14 +6,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._types import Axes, describe
-from jbn.tools._absorb import FOLD_VARIABLES, Model, Pair, layers_and_norms
+from jbn.tools._absorb import Model, Pair, layers_and_norms
 from jbn.tools._find import calls_of, found_pairs, kernel_axes, named_pairs
 from jbn.tools._prove import proved
 from jbn.tools._trees import Variables, collections
 
 
+@names_errors
 def fold_variables(
     variables: Model,
     pairs: Sequence[tuple[Any, Any]] | None = None,
@@ -82,12 +83,9 @@ def fold_variables(
     _check(variables, call, x)
     if call is None and x is not None and isinstance(variables, nnx.Module):
         call = _itself
-    calls = [] if call is None else calls_of(FOLD_VARIABLES, call, variables, x)
+    calls = [] if call is None else calls_of(call, variables, x)
     layers, norms = layers_and_norms(variables)
-    if pairs is None:
-        paths = found_pairs(FOLD_VARIABLES, calls, layers, norms)
-    else:
-        paths = named_pairs(FOLD_VARIABLES, pairs, layers, norms)
+    paths = found_pairs(calls, layers, norms) if pairs is None else named_pairs(pairs, layers, norms)
     static = tuple(axis) if isinstance(axis, Sequence) else axis
     epsilons = {seen.path: float(seen.module.epsilon) for seen in calls if seen.is_norm}
     axes = {seen.path: kernel_axes(seen.module) for seen in calls if not seen.is_norm}
@@ -104,17 +102,17 @@ def _check(variables: Variables, call: Any, x: Any) -> None:
     """A function to call, and values: what is traced has none, and what is no array has no dtype."""
     if call is not None and not callable(call):
         fix = "For example lambda variables, x: model.apply(variables, x, train=False)."
-        raise error(FOLD_VARIABLES, "call", describe(call), "a function of variables and x", fix)
-    leaves = {"variables": jax.tree.leaves(collections(FOLD_VARIABLES, variables)), "x": jax.tree.leaves(x)}
+        raise error("call", describe(call), "a function of variables and x", fix)
+    leaves = {"variables": jax.tree.leaves(collections(variables)), "x": jax.tree.leaves(x)}
     for argument, values in leaves.items():
         for value in values:
             if isinstance(value, jax.core.Tracer):
                 fix = "Call it outside of jit, grad and scan."
                 got = f"one with a traced {describe(value)}"
-                raise error(FOLD_VARIABLES, argument, got, "values, which the proof needs", fix)
+                raise error(argument, got, "values, which the proof needs", fix)
             if not hasattr(value, "dtype"):
                 got = f"a tree with {describe(value)}"
-                raise error(FOLD_VARIABLES, argument, got, "a tree of arrays", "Convert it: jnp.asarray.")
+                raise error(argument, got, "a tree of arrays", "Convert it: jnp.asarray.")
 
 
 def _itself(model: Any, x: Any) -> Any:

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._types import BatchStats, Params
 from jbn.tools._arrays import label_of, read, to_jax, to_numpy, weight_of_updates, write
 from jbn.tools._libraries import HAIKU, check_names
 
 
+@names_errors
 def from_haiku(
     params: Mapping[str, Any], mean_ema: Mapping[str, Any], var_ema: Mapping[str, Any]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -51,20 +52,21 @@ def from_haiku(
 
     Reference: haiku.BatchNorm and haiku.ExponentialMovingAverage of Haiku 0.0.17.
     """
-    call, ema = "tools.from_haiku", ("hidden", "average", "counter")
-    check_names(call, "params", params, (), ("scale", "offset"), HAIKU.reading)
+    ema = ("hidden", "average", "counter")
+    check_names("params", params, (), ("scale", "offset"), HAIKU.reading)
     named = {f"params/{name}": value for name, value in params.items()}
     for argument, part in (("mean_ema", mean_ema), ("var_ema", var_ema)):
-        check_names(call, argument, part, ema, ema, HAIKU.reading)
+        check_names(argument, part, ema, ema, HAIKU.reading)
         named |= {f"{argument}/{name}": part[name] for name in ("average", "counter")}
-    given = {name: _flat(call, name, value) for name, value in named.items()}
+    given = {name: _flat(name, value) for name, value in named.items()}
     counter, other = given["mean_ema/counter"], given.pop("var_ema/counter")
     if not np.array_equal(counter, other):
         expected = f"that of mean_ema, {counter}"
-        raise error(call, "var_ema['counter']", str(other), expected, HAIKU.reading)
-    return read(call, HAIKU, given)
+        raise error("var_ema['counter']", str(other), expected, HAIKU.reading)
+    return read(HAIKU, given)
 
 
+@names_errors
 def to_haiku(
     params: Params | None, batch_stats: BatchStats, *, decay_rate: float, ndim: int, axis: int = -1
 ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
@@ -99,24 +101,23 @@ def to_haiku(
       >>> print(params["scale"], var_ema["average"], var_ema["hidden"])
       [[1. 1.]] [[1. 1.]] [[0.25 0.25]]
     """
-    call = "tools.to_haiku"
-    arrays = write(call, HAIKU, params, batch_stats)
+    arrays = write(HAIKU, params, batch_stats)
     integers = all(isinstance(value, (int, np.integer)) for value in (ndim, axis))
     if not integers or not -ndim <= axis < ndim:
         fix = "For NHWC pass ndim=4 and axis=-1, for NCHW ndim=4 and axis=1."
-        raise error(call, "axis", f"{axis} with ndim={ndim!r}", "an axis of the layer's inputs", fix)
+        raise error("axis", f"{axis} with ndim={ndim!r}", "an axis of the layer's inputs", fix)
     shape = [-1 if index == axis % ndim else 1 for index in range(ndim)]
     counter = jnp.asarray(arrays.pop("mean_ema/counter").astype(np.int32))
-    new = {name: to_jax(call, label_of(name), array.reshape(shape)) for name, array in arrays.items()}
+    new = {name: to_jax(label_of(name), array.reshape(shape)) for name, array in arrays.items()}
     emas = []
     for average in (new.pop("mean_ema/average"), new.pop("var_ema/average")):
-        share = weight_of_updates(call, "decay_rate", decay_rate, counter, average)
+        share = weight_of_updates("decay_rate", decay_rate, counter, average)
         hidden = (average.astype(share.dtype) * share).astype(average.dtype)
         emas.append({"hidden": hidden, "average": average, "counter": counter})
     return {name.removeprefix("params/"): array for name, array in new.items()}, emas[0], emas[1]
 
 
-def _flat(call: str, name: str, value: Any) -> np.ndarray:
+def _flat(name: str, value: Any) -> np.ndarray:
     """[C] of [1, .., 1, C] or [1, C, 1, .., 1]; anything else as it is."""
-    array = to_numpy(call, label_of(name), value)
+    array = to_numpy(label_of(name), value)
     return array.reshape(-1) if array.ndim and sum(size != 1 for size in array.shape) <= 1 else array

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
+from jbn._errors import names_errors
 from jbn._types import BatchStats, Params
 from jbn.tools._arrays import read, write
 from jbn.tools._libraries import KERAS
 
 
+@names_errors
 def from_keras(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
     """params and batch_stats of a Keras BatchNormalization.
 
@@ -42,9 +44,10 @@ def from_keras(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Ar
 
     Reference: keras.layers.BatchNormalization of Keras 3.
     """
-    return read("tools.from_keras", KERAS, state)
+    return read(KERAS, state)
 
 
+@names_errors
 def to_keras(params: Params | None, batch_stats: BatchStats) -> dict[str, np.ndarray]:
     """The variables of a Keras BatchNormalization by name: the inverse of `from_keras`, bit for bit.
 
@@ -66,4 +69,4 @@ def to_keras(params: Params | None, batch_stats: BatchStats) -> dict[str, np.nda
       >>> print(jbn.tools.to_keras(*jbn.init(2))["gamma"])
       [1. 1.]
     """
-    return write("tools.to_keras", KERAS, params, batch_stats)
+    return write(KERAS, params, batch_stats)

@@ -87,11 +87,11 @@ def brief(value: Any) -> str:
 
 
 def check_names(
-    call: str, argument: str, given: Any, required: Collection[str], allowed: Collection[str], fix: str
+    argument: str, given: Any, required: Collection[str], allowed: Collection[str], fix: str
 ) -> None:
     """A mapping with all that is required and nothing that is not allowed; otherwise every name is said."""
     if not isinstance(given, Mapping):
-        raise error(call, argument, brief(given), f"a mapping with {', '.join(allowed)}", fix)
+        raise error(argument, brief(given), f"a mapping with {', '.join(allowed)}", fix)
     unknown = [str(name) for name in given if name not in allowed]
     missing = [name for name in required if name not in given]
     found = [f"with the unknown {', '.join(unknown)}"] if unknown else []
@@ -100,12 +100,12 @@ def check_names(
         optional = [name for name in allowed if name not in required]
         expected = [", ".join(required)] if required else []
         expected += [f"perhaps {', '.join(optional)}"] if optional else []
-        raise error(call, argument, f"a mapping {' and '.join(found)}", ", and ".join(expected), fix)
+        raise error(argument, f"a mapping {' and '.join(found)}", ", and ".join(expected), fix)
 
 
-def check_together(call: str, argument: str, affine: Collection[str], together: Collection[str]) -> None:
+def check_together(argument: str, affine: Collection[str], together: Collection[str]) -> None:
     """A library may have a scale, or a bias, only beside the other one."""
     if len(affine) == 1 and (alone := next(iter(affine))) in together:
         other, value = ("bias", "zeros") if alone == "scale" else ("scale", "ones")
         fix = f"Add a {other} of {value}, which changes nothing."
-        raise error(call, argument, f"a {alone} without a {other}", f"a {alone} only beside a {other}", fix)
+        raise error(argument, f"a {alone} without a {other}", f"a {alone} only beside a {other}", fix)

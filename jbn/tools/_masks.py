@@ -5,9 +5,11 @@ from typing import Any
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jbn._errors import names_errors
 from jbn.tools._trees import Variables, batch_norms, collections, refilled
 
 
+@names_errors
 def weight_decay_mask(variables: Variables) -> Any:
     """False for scale and bias of batch norms, True for all other parameters: the mask of `optax.adamw`.
 
@@ -30,9 +32,10 @@ def weight_decay_mask(variables: Variables) -> Any:
       >>> print(jbn.tools.weight_decay_mask(variables)["layers_1"])
       {'bias': False, 'scale': False}
     """
-    return _placed("tools.weight_decay_mask", variables, False, True)
+    return _placed(variables, False, True)
 
 
+@names_errors
 def freeze(variables: Variables) -> Any:
     """The label "frozen" for scale and bias of batch norms, "trainable" for all others.
 
@@ -57,13 +60,13 @@ def freeze(variables: Variables) -> Any:
       >>> print(labels["layers_0"], labels["layers_1"])
       {'bias': 'trainable', 'kernel': 'trainable'} {'bias': 'frozen', 'scale': 'frozen'}
     """
-    return _placed("tools.freeze", variables, "frozen", "trainable")
+    return _placed(variables, "frozen", "trainable")
 
 
-def _placed(call: str, variables: Variables, inside: Any, outside: Any) -> Any:
+def _placed(variables: Variables, inside: Any, outside: Any) -> Any:
     """The parameters' tree with one value in the place of those of batch norms, and another elsewhere."""
-    norms = {(*path, name) for path, layer in batch_norms(call, variables).items() for name in layer.params}
-    tree = collections(call, variables).get("params", {})
+    norms = {(*path, name) for path, layer in batch_norms(variables).items() for name in layer.params}
+    tree = collections(variables).get("params", {})
     values = unflatten_dict({path: inside if path in norms else outside for path in flatten_dict(tree)})
     if isinstance(variables, nnx.Module):
         return nnx.State(values)

@@ -16,8 +16,6 @@ from jbn.nnx import BatchNorm, keep_batch_moments
 from jbn.nnx import replace_batch_norm as replace_nnx
 from jbn.tools._trees import shown, with_statistics, without_batch_moments
 
-_CALL = "tools.recalibrate"
-
 
 def linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], Any]:
     """A function from a batch to trees that hold its moments, perhaps among other leaves."""
@@ -29,7 +27,6 @@ def linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], 
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
             is_array = isinstance(result, jax.Array)
             raise error(
-                _CALL,
                 "apply_fn",
                 f"one that returns {describe(result) if is_array else f'a {type(result).__name__}'}",
                 "one that returns (y, new variables), as model.apply(..., mutable=[...]) does",
@@ -38,7 +35,7 @@ def linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], 
             )
         return [result[1].get(name, {}) for name in ("batch_stats", "batch_moments")]
 
-    start = without_batch_moments(_CALL, variables)
+    start = without_batch_moments(variables)
 
     def measure(batch: Any) -> Any:
         with training_moments_alone(), nn.intercept_methods(_refuse_bridged):
@@ -59,7 +56,7 @@ def _refuse_bridged(
             fix = (
                 "Use jbn.linen.BatchNorm there, whose variables are the same, or recalibrate the NNX module."
             )
-            raise error(_CALL, "apply_fn", got, "batch norms of linen in a linen model", fix)
+            raise error("apply_fn", got, "batch norms of linen in a linen model", fix)
     return call(*args, **kwargs)
 
 

@@ -14,7 +14,7 @@ from numpy.lib.array_utils import normalize_axis_tuple
 from jbn._batch_norm import batch_norm
 from jbn._errors import error
 from jbn._types import Axes, describe, kept, working
-from jbn.tools._absorb import FOLD_VARIABLES, Pair, layers_and_norms
+from jbn.tools._absorb import Pair, layers_and_norms
 from jbn.tools._find import evaluating
 from jbn.tools._fold import plus
 from jbn.tools._trees import Layer, Variables
@@ -39,7 +39,7 @@ def outputs_of(call: Callable[[Any, Any], Any], x: Any) -> Callable[[Any], list[
             got = f"a function that returns {', '.join(map(describe, leaves)) or 'nothing'}"
             expected = "floating outputs, by which the proof sees a change"
             fix = "Return the logits, and not their argmax."
-            raise error(FOLD_VARIABLES, "call", got, expected, fix)
+            raise error("call", got, expected, fix)
         return floating
 
     return outputs

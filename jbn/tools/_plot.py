@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn.tools._drift import Channels, LayerReport
 from jbn.tools._report import MomentsOf, report
 from jbn.tools._table import Report
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_CALL = "tools.plot"
 _DARK, _GOOD, _FAR, _BAND = "#222222", "#0072b2", "#d55e00", "#e8e8e8"  # blue and orange: Okabe and Ito
 _WIDTH, _LINE, _REST = 12.0, 0.26, 2.2  # inches: all, one layer, and what is above and below the layers
 _LETTERS = 145  # that fit into the width
@@ -61,6 +60,7 @@ _RANGES = (
 )
 
 
+@names_errors
 def plot(
     model: Report | Variables,
     moments: MomentsOf | None = None,
@@ -103,10 +103,10 @@ def plot(
         from matplotlib.figure import Figure
     except ImportError:
         fix = "Install it: pip install 'jbn[examples]', or pip install matplotlib."
-        raise error(_CALL, "matplotlib", "not installed", "it for a picture", fix) from None
+        raise error("matplotlib", "not installed", "it for a picture", fix) from None
     if isinstance(model, Report) and moments is not None:
         fix = "Pass the variables, or make the report with the moments."
-        raise error(_CALL, "moments", "given beside a report", "None, for a report has its own", fix)
+        raise error("moments", "given beside a report", "None, for a report has its own", fix)
     _check_path(path)
     found = model if isinstance(model, Report) else report(model, moments, epsilon=epsilon)
     known = any(row.drift is not None for row in found.rows)
@@ -137,7 +137,7 @@ def _check_path(path: Any) -> None:
     ending = os.path.splitext(path)[1].lower() if known else ""
     if not known or (ending and ending[1:] not in FigureCanvasBase.get_supported_filetypes()):
         expected = "the path of a picture that matplotlib can write"
-        raise error(_CALL, "path", repr(path), expected, "For example 'drift.png'.")
+        raise error("path", repr(path), expected, "For example 'drift.png'.")
 
 
 def _fine(found: Report, known: bool) -> str:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jbn._errors import error
 from jbn._types import Dtype, sharded_like, wide
-from jbn.tools._absorb import FOLD_VARIABLES, Model, Pair, folded_model, layers_and_norms, with_norm
+from jbn.tools._absorb import Model, Pair, folded_model, layers_and_norms, with_norm
 from jbn.tools._outputs import outputs_of, outputs_of_pairs
 from jbn.tools._trees import Layer
 
@@ -56,7 +56,7 @@ def proved(
         if fault is None:
             return new
         if not found:
-            raise error(FOLD_VARIABLES, "pairs", f"a sequence with {fault.got}", fault.expected, fault.fix)
+            raise error("pairs", f"a sequence with {fault.got}", fault.expected, fault.fix)
         print(f"not folded: {fault.got}")  # noqa: T201 - beside the pairs found, which are printed too
         pairs = [pair for pair in pairs if pair not in fault.pairs]
     return folded_model(variables, [])

@@ -1,6 +1,5 @@
 """Statistics of a data stream: moments of many batches, pooled exactly."""
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -14,7 +13,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._moments import Moments, merge
 from jbn._running import without_end
 from jbn._scalars import is_number
@@ -37,6 +36,7 @@ Model = TypeVar("Model", bound=Variables)
 _GROUP = 32
 
 
+@names_errors
 def recalibrate(
     apply_fn: Callable[..., Any],
     variables: Model,
@@ -96,8 +96,7 @@ def recalibrate(
 
     Reference: Wu and Johnson 2021, arXiv 2105.07576, section 3.
     """
-    call = "tools.recalibrate"
-    layers = batch_norms(call, variables)
+    layers = batch_norms(variables)
     _check(apply_fn, layers, batches, max_batches, tolerance)
     measure = (
         nnx_step(apply_fn, variables)
@@ -119,11 +118,10 @@ def recalibrate(
             if number >= 8 and _largest_error(means, pooled) <= tolerance:
                 break
     if not pooled:
-        raise error(call, "batches", "empty", "one batch or more", "A generator gives its batches only once.")
+        raise error("batches", "empty", "one batch or more", "A generator gives its batches only once.")
     moments = _merged(pooled)
     if unknown := [path_name(path) for path in moments if path not in layers]:
         raise error(
-            call,
             "variables",
             f"a model without batch_stats for {some(unknown)}",
             "those of every batch norm that runs",
@@ -131,7 +129,6 @@ def recalibrate(
         )
     if not any(np.any(batch.count) for batch in moments.values()):
         raise error(
-            call,
             "apply_fn",
             "one in which no batch norm had rows in training mode",
             "a model in training mode",
@@ -142,30 +139,29 @@ def recalibrate(
         )
     _warn(layers, moments)
     stats = {path: _replaced(layers[path], batch) for path, batch in moments.items()}
-    new: Model = with_values(call, variables, batch_stats=stats)
+    new: Model = with_values(variables, batch_stats=stats)
     return new
 
 
 def _check(apply_fn: Any, layers: Any, batches: Any, max_batches: Any, tolerance: Any) -> None:
     """What would fail late, or not at all."""
-    refused = functools.partial(error, "tools.recalibrate")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layers)):
         fix = "Call it outside of jit, grad and scan: it compiles apply_fn by itself."
-        raise refused("variables", "traced", "arrays with values", fix)
+        raise error("variables", "traced", "arrays with values", fix)
     if not callable(apply_fn):
         expected = "a function that runs the model in training mode"
         fix = "Pass model.apply, or a function around it, and for NNX lambda model, x: model(x)."
-        raise refused("apply_fn", describe(apply_fn), expected, fix)
+        raise error("apply_fn", describe(apply_fn), expected, fix)
     if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, str, np.ndarray, jax.Array)):
         got = "a dict" if isinstance(batches, Mapping) else describe(batches)
         fix = "Pass a list or a generator; for a single batch, [batch]."
-        raise refused("batches", got, "batches, one after the other", fix)
+        raise error("batches", got, "batches, one after the other", fix)
     every = "None takes all batches."
     whole = isinstance(max_batches, (int, np.integer)) and max_batches >= 1
     if not (max_batches is None or whole):
-        raise refused("max_batches", repr(max_batches), "an integer from 1 up", every)
+        raise error("max_batches", repr(max_batches), "an integer from 1 up", every)
     if not (tolerance is None or (is_number(tolerance) and tolerance >= 0)):
-        raise refused("tolerance", repr(tolerance), "a number from 0 up", every)
+        raise error("tolerance", repr(tolerance), "a number from 0 up", every)
 
 
 def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
@@ -176,7 +172,7 @@ def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
         warnings.warn(
             f"jbn.tools.recalibrate: {some(never, len(never))} never ran in training mode, so the old "
             "statistics stay there. Does apply_fn run the whole model in training mode, with nothing frozen?",
-            stacklevel=3,
+            stacklevel=4,
         )
     broken = [
         path_name(path)
@@ -187,7 +183,7 @@ def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
         warnings.warn(
             f"jbn.tools.recalibrate: the batches gave NaN or inf in {some(broken, len(broken))}. Look for "
             "NaN in the data, and for layers before these that give it.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jbn._checks import check_epsilon
+from jbn._errors import names_errors
 from jbn._moments import Moments
 from jbn.nnx import BatchMoments
 from jbn.tools._drift import LayerReport, measured
@@ -17,9 +18,8 @@ from jbn.tools._trees import Layer, Path, Variables, batch_moments, batch_norms,
 
 MomentsOf: TypeAlias = Mapping[str, Moments] | Mapping[Path, Moments] | Variables
 
-_CALL = "tools.report"
 
-
+@names_errors
 def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: float = 1e-5) -> Report:
     """A table of every batch norm of a model; with moments of a batch, why evaluation differs from training.
 
@@ -80,11 +80,11 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
 
     Reference: Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section 3.
     """
-    check_epsilon(_CALL, epsilon)
-    layers = batch_norms(_CALL, variables)
+    check_epsilon(epsilon)
+    layers = batch_norms(variables)
     batches = _batches(variables, moments, layers)
     found = [
-        measured(_CALL, path_name(path), layers[path], batches.get(path), epsilon)
+        measured(path_name(path), layers[path], batches.get(path), epsilon)
         for path in sorted(layers, key=lambda path: _by_number(path_name(path)))
     ]
     if any(row.drift is not None for row, _ in found):
@@ -105,13 +105,13 @@ def _worst_first(row: LayerReport) -> tuple[bool, float]:
 def _batches(variables: Variables, moments: Any, layers: Mapping[Path, Layer]) -> dict[Path, Moments]:
     """The moments by path, from any of the forms that `report` takes."""
     if moments is None:
-        return moments_of(_CALL, variables, layers) if batch_moments(_CALL, variables, layers) else {}
+        return moments_of(variables, layers) if batch_moments(variables, layers) else {}
     if _has_statistics_alone(moments):
         moments = {
             path: Moments(jnp.ones_like(stats["var"]), stats["mean"], stats["var"])
-            for path, (_, stats) in batch_norms(_CALL, moments).items()
+            for path, (_, stats) in batch_norms(moments).items()
         }
-    return moments_of(_CALL, moments, layers)
+    return moments_of(moments, layers)
 
 
 def _has_statistics_alone(model: Any) -> bool:

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from jbn._errors import error
+from jbn._errors import error, names_errors
 from jbn._running import MANY
 from jbn.tools._drift import FAR, Channels, LayerReport
 from jbn.tools._trees import some
@@ -70,6 +70,7 @@ class Report:
         }
         return tuple(note for note, wrong in told.items() if wrong)
 
+    @names_errors
     def to_csv(self, file: str | os.PathLike[str] | TextIO | None = None) -> str:
         """The rows as CSV, one column per attribute of `LayerReport`; what is None is empty.
 
@@ -86,7 +87,7 @@ class Report:
             file is None or isinstance(file, (str, os.PathLike)) or callable(getattr(file, "write", None))
         ):
             expected, fix = "a path or an open text file", "For example 'report.csv'."
-            raise error("tools.Report.to_csv", "file", repr(file), expected, fix)
+            raise error("file", repr(file), expected, fix)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(field.name for field in dataclasses.fields(LayerReport))
@@ -97,6 +98,7 @@ class Report:
             file.write(text.getvalue())
         return text.getvalue()
 
+    @names_errors
     def to_dict(self, prefix: str = "") -> dict[str, float]:
         """The numbers of all rows by one name each, as loggers of training take them, W&B and TensorBoard.
 
@@ -120,7 +122,7 @@ class Report:
         """
         if not isinstance(prefix, str):
             fix = "For example 'batch_norm/'."
-            raise error("tools.Report.to_dict", "prefix", repr(prefix), "a text", fix)
+            raise error("prefix", repr(prefix), "a text", fix)
         return {
             f"{prefix}{row.path}{'/' if row.path else ''}{name}": float(value)
             for row in self.rows

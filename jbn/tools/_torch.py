@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
+from jbn._errors import names_errors
 from jbn._types import BatchStats, Params
 from jbn.tools._arrays import read, write
 from jbn.tools._libraries import TORCH
 
 
+@names_errors
 def from_torch(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
     """params and batch_stats of a PyTorch BatchNorm1d, 2d, 3d or SyncBatchNorm.
 
@@ -43,9 +45,10 @@ def from_torch(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Ar
 
     Reference: torch.nn.BatchNorm2d of PyTorch 2.
     """
-    return read("tools.from_torch", TORCH, state)
+    return read(TORCH, state)
 
 
+@names_errors
 def to_torch(params: Params | None, batch_stats: BatchStats) -> dict[str, np.ndarray]:
     """The state_dict of a PyTorch batch norm: the inverse of `from_torch`, bit for bit.
 
@@ -71,7 +74,12 @@ def to_torch(params: Params | None, batch_stats: BatchStats) -> dict[str, np.nda
       >>> print(jbn.tools.to_torch(*jbn.init(2))["running_var"])
       [1. 1.]
     """
-    arrays = write("tools.to_torch", TORCH, params, batch_stats)
+    return torch_arrays(params, batch_stats)
+
+
+def torch_arrays(params: Params | None, batch_stats: BatchStats) -> dict[str, np.ndarray]:
+    """`to_torch` for a layer and for a model."""
+    arrays = write(TORCH, params, batch_stats)
     if "num_batches_tracked" in arrays:
         arrays["num_batches_tracked"] = arrays["num_batches_tracked"].astype(np.int64)
     return arrays

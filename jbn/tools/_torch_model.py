@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jbn._errors import error, naming
+from jbn._errors import error, named_errors, names_errors
 from jbn._types import describe
-from jbn.tools._arrays import to_jax, to_numpy
-from jbn.tools._libraries import brief
-from jbn.tools._torch import from_torch, to_torch
+from jbn.tools._arrays import read, to_jax, to_numpy
+from jbn.tools._libraries import TORCH, brief
+from jbn.tools._torch import torch_arrays
 from jbn.tools._trees import Path, Variables, collections, path_name, some
 
 ModuleMapping: TypeAlias = Mapping[str, str | Path]
@@ -25,6 +25,7 @@ _COVER = "Map each module that has arrays, and no other; take out what you conve
 _OTHERS = "Convert other kinds by hand, and leave them out of both sides."
 
 
+@names_errors
 def from_torch_state_dict(
     state_dict: Mapping[str, Any], mapping: ModuleMapping, *, prefix: str = ""
 ) -> dict[str, Any]:
@@ -78,15 +79,14 @@ def from_torch_state_dict(
 
     Reference: Flax's guide "Convert PyTorch models to Flax".
     """
-    call = "tools.from_torch_state_dict"
-    paths = _paths(call, mapping)
+    paths = _paths(mapping)
     fix = "Pass model.state_dict()."
     if not isinstance(state_dict, Mapping):
-        raise error(call, "state_dict", brief(state_dict), "a mapping of names to arrays", fix)
+        raise error("state_dict", brief(state_dict), "a mapping of names to arrays", fix)
     if wrong := [repr(key) for key in state_dict if not isinstance(key, str)]:
         expected = "names of arrays such as 'fc.weight'"
-        raise error(call, "state_dict", f"one with {', '.join(wrong)}", expected, fix)
-    _check_prefix(call, prefix)
+        raise error("state_dict", f"one with {', '.join(wrong)}", expected, fix)
+    _check_prefix(prefix)
     modules: dict[str, dict[str, Any]] = {}
     left = []
     for key, value in state_dict.items():
@@ -97,21 +97,22 @@ def from_torch_state_dict(
             left.append(key)
     common = _common_prefix(state_dict, paths)
     fix = f"Pass prefix={common!r}, with which every name begins." if common not in ("", prefix) else _COVER
-    _check_covered(call, "state_dict", left, [module for module in paths if module not in modules], fix)
+    _check_covered("state_dict", left, [module for module in paths if module not in modules], fix)
     flat: dict[str, dict[Path, Any]] = {"params": {}, "batch_stats": {}}
     for module, path in paths.items():
-        with naming(f"jbn.{call} module {module!r}"):
-            for collection, arrays in _from_module(call, modules[module]).items():
+        with named_errors(layer=f"module {module!r}"):
+            for collection, arrays in _from_module(modules[module]).items():
                 flat[collection] |= {(*path, name): array for name, array in arrays.items()}
     taken = {full for tree in flat.values() for full in tree}
     inside = [path for path in paths.values() if any(path[:n] in taken for n in range(len(path) + 1))]
     if inside:
         expected = "paths of modules, and none inside of an array"
         fix = "Each module has a path of its own."
-        raise error(call, "mapping", f"one with {', '.join(map(path_name, inside))}", expected, fix)
+        raise error("mapping", f"one with {', '.join(map(path_name, inside))}", expected, fix)
     return {collection: unflatten_dict(leaves) for collection, leaves in flat.items() if leaves}
 
 
+@names_errors
 def torch_state_dict(
     variables: Variables, mapping: ModuleMapping, *, prefix: str = ""
 ) -> dict[str, np.ndarray]:
@@ -141,12 +142,11 @@ def torch_state_dict(
       >>> print({name: array.shape for name, array in state_dict.items()})
       {'fc.weight': (4, 3), 'fc.bias': (4,)}
     """
-    call = "tools.torch_state_dict"
-    paths = _paths(call, mapping)
-    _check_prefix(call, prefix)
+    paths = _paths(mapping)
+    _check_prefix(prefix)
     modules: dict[Path, dict[str, dict[str, Any]]] = {}
     left = []
-    for collection, tree in collections(call, variables).items():
+    for collection, tree in collections(variables).items():
         for full, value in flatten_dict(tree).items():
             path: Path = tuple(map(str, full[:-1]))
             if path in paths.values() and collection in ("params", "batch_stats"):
@@ -155,71 +155,71 @@ def torch_state_dict(
             else:
                 left.append(path_name((collection, *full)))
     empty = [path_name(path) for path in paths.values() if path not in modules]
-    _check_covered(call, "variables", left, empty, _COVER)
+    _check_covered("variables", left, empty, _COVER)
     state_dict: dict[str, np.ndarray] = {}
     for module, path in paths.items():
-        with naming(f"jbn.{call} module {module!r}"):
-            arrays = _to_module(call, **modules[path])
+        with named_errors(layer=f"module {module!r}"):
+            arrays = _to_module(**modules[path])
         start = f"{prefix}{module}." if module else prefix
         state_dict |= {f"{start}{name}": array for name, array in arrays.items()}
     return state_dict
 
 
-def _from_module(call: str, arrays: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _from_module(arrays: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """One module's collections."""
     if "running_mean" in arrays or "running_var" in arrays:
-        params, batch_stats = from_torch(arrays)
+        params, batch_stats = read(TORCH, arrays)
         return {"params": params, "batch_stats": batch_stats}
-    host = {name: to_numpy(call, name, array) for name, array in arrays.items()}
-    _check_kernel(call, "state_dict", "weight", host, 0)
+    host = {name: to_numpy(name, array) for name, array in arrays.items()}
+    _check_kernel("state_dict", "weight", host, 0)
     kernel = host.pop("weight")
     host["kernel"] = kernel.transpose(*range(2, kernel.ndim), 1, 0)
-    return {"params": {name: to_jax(call, name, np.array(host[name], order="C")) for name in sorted(host)}}
+    return {"params": {name: to_jax(name, np.array(host[name], order="C")) for name in sorted(host)}}
 
 
-def _to_module(call: str, params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _to_module(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """One module's state_dict."""
     if batch_stats:
-        return to_torch(params, batch_stats)
-    host = {name: to_numpy(call, name, array) for name, array in params.items()}
-    _check_kernel(call, "params", "kernel", host, -1)
+        return torch_arrays(params, batch_stats)
+    host = {name: to_numpy(name, array) for name, array in params.items()}
+    _check_kernel("params", "kernel", host, -1)
     kernel = host.pop("kernel")
     back = kernel.transpose(kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2))
     return {"weight": np.array(back, order="C")} | host
 
 
-def _check_kernel(call: str, argument: str, name: str, arrays: Mapping[str, np.ndarray], out: int) -> None:
+def _check_kernel(argument: str, name: str, arrays: Mapping[str, np.ndarray], out: int) -> None:
     """A kernel of two axes or more, and perhaps a bias, as long as its axis `out`; nothing else."""
     kernel, bias = arrays.get(name), arrays.get("bias")
     good = kernel is not None and kernel.ndim >= 2 and not arrays.keys() - {name, "bias"}
     if not good or (bias is not None and bias.shape != (arrays[name].shape[out],)):
         got = ", ".join(f"{key} {describe(array)}" for key, array in arrays.items())
-        raise error(call, argument, got, _KINDS, _OTHERS)
+        raise error(argument, got, _KINDS, _OTHERS)
 
 
-def _paths(call: str, mapping: Any) -> dict[str, Path]:
+def _paths(mapping: Any) -> dict[str, Path]:
     """The mapping with paths as tuples, no two of them the same."""
     expected = "a mapping of PyTorch modules to Flax modules"
     fix = "For example {'conv': 'Conv_0', 'bn': 'BatchNorm_0'}."
     if not isinstance(mapping, Mapping):
-        raise error(call, "mapping", brief(mapping), expected, fix)
+        raise error("mapping", brief(mapping), expected, fix)
     paths: dict[str, Path] = {}
     for prefix, path in mapping.items():
         if not isinstance(prefix, str) or not isinstance(path, (str, tuple, list)):
-            raise error(call, "mapping", f"one with {prefix!r}: {path!r}", expected, fix)
+            raise error("mapping", f"one with {prefix!r}: {path!r}", expected, fix)
         parts: Path = tuple(filter(None, path.split("/")) if isinstance(path, str) else map(str, path))
         if parts in paths.values():
             got, once = f"one with {path_name(parts)} twice", "each Flax module once"
             fix = "A module that is shared, and listed twice by PyTorch, is one in Flax: take out the second."
-            raise error(call, "mapping", got, once, fix)
+            raise error("mapping", got, once, fix)
         paths[prefix] = parts
     return paths
 
 
-def _check_prefix(call: str, prefix: Any) -> None:
+def _check_prefix(prefix: Any) -> None:
     if not isinstance(prefix, str):
         fix = "For example 'module.', as torch.nn.DataParallel has it."
-        raise error(call, "prefix", brief(prefix), "what each name in the state_dict begins with", fix)
+        raise error("prefix", brief(prefix), "what each name in the state_dict begins with", fix)
 
 
 def _common_prefix(keys: Collection[str], paths: Collection[str]) -> str:
@@ -231,10 +231,10 @@ def _common_prefix(keys: Collection[str], paths: Collection[str]) -> str:
     return ".".join([*common[0], ""]) if common else ""
 
 
-def _check_covered(call: str, argument: str, left: list[str], empty: list[str], fix: str) -> None:
+def _check_covered(argument: str, left: list[str], empty: list[str], fix: str) -> None:
     """Nothing is dropped, and nothing is mapped in vain."""
     found = [f"the unmapped {some(left)}"] if left else []
     names = [repr(name or "the model itself") for name in empty]
     found += [f"nothing of the mapped {some(names)}"] if names else []
     if found:
-        raise error(call, argument, f"one with {' and '.join(found)}", "exactly what mapping names", fix)
+        raise error(argument, f"one with {' and '.join(found)}", "exactly what mapping names", fix)

@@ -5,6 +5,7 @@ name. Its parameters are at the same place.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,7 +15,7 @@ from flax.core import FrozenDict, freeze, meta, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from jbn._errors import error
+from jbn._errors import error, named_errors
 from jbn._moments import Moments
 from jbn._types import describe
 from jbn.nnx import BatchMoments
@@ -37,14 +38,13 @@ class Layer(NamedTuple):
     batch_stats: dict[str, Array]
 
 
-def collections(call: str, variables: Variables) -> dict[str, Any]:
+def collections(variables: Variables) -> dict[str, Any]:
     """The collections of a model as nested dicts: new dicts, the same arrays, out of their boxes if any."""
     if isinstance(variables, nnx.Module):
         states = {name: nnx.state(variables, kind) for name, kind in _NNX_COLLECTIONS.items()}
         return {name: nnx.to_pure_dict(state) for name, state in states.items()}
     if not isinstance(variables, Mapping):
         raise error(
-            call,
             "variables",
             describe(variables),
             "linen variables or an NNX module",
@@ -68,9 +68,9 @@ def rebuilt(variables: Variables, **changed: Any) -> Any:
     return model
 
 
-def with_values(call: str, variables: Any, **new: Mapping[Path, Mapping[str, Array]]) -> Any:
+def with_values(variables: Any, **new: Mapping[Path, Mapping[str, Array]]) -> Any:
     """A model with other values at some paths of its collections."""
-    trees, changed = collections(call, variables), {}
+    trees, changed = collections(variables), {}
     for name, layers in new.items():
         values = {(*path, entry): value for path, layer in layers.items() for entry, value in layer.items()}
         if values:
@@ -78,10 +78,10 @@ def with_values(call: str, variables: Any, **new: Mapping[Path, Mapping[str, Arr
     return rebuilt(variables, **changed)
 
 
-def without_batch_moments(call: str, variables: Any) -> Any:
+def without_batch_moments(variables: Any) -> Any:
     """A model with no moments in it; an NNX module keeps the variables for them, with no rows."""
     if isinstance(variables, nnx.Module):
-        old = collections(call, variables)["batch_moments"]
+        old = collections(variables)["batch_moments"]
         return rebuilt(variables, batch_moments=jax.tree.map(jnp.zeros_like, old))
     rest = {name: tree for name, tree in variables.items() if name != "batch_moments"}
     return freeze(rest) if isinstance(variables, FrozenDict) else rest
@@ -93,17 +93,16 @@ def refilled(tree: Any, values: Any) -> Any:
     return jax.tree.unflatten(structure, map(meta.replace_boxed, places, jax.tree.leaves(values)))
 
 
-def batch_norms(call: str, variables: Variables) -> dict[Path, Layer]:
+def batch_norms(variables: Variables) -> dict[Path, Layer]:
     """Every batch norm of a model by its path, in the order of the tree."""
-    trees = collections(call, variables)
+    trees = collections(variables)
     for name in ("batch_stats", "params"):
         if not isinstance(trees.get(name, {}), dict):
-            raise error(call, f"variables[{name!r}]", describe(trees[name]), "a nested dict of arrays", _ALL)
+            raise error(f"variables[{name!r}]", describe(trees[name]), "a nested dict of arrays", _ALL)
     stats, params = (flatten_dict(trees.get(name, {})) for name in ("batch_stats", "params"))
     layers = {path: Layer({}, {}) for path in with_statistics(stats)}
     if not layers:
         raise error(
-            call,
             "variables",
             f"a model with the collections {', '.join(trees) or 'none'}",
             "one with a batch norm: a mean and a var in batch_stats",
@@ -124,9 +123,9 @@ def with_statistics(stats: Mapping[Path, Any]) -> list[Path]:
     return [path[:-1] for path in stats if path[-1] == "mean" and (*path[:-1], "var") in stats]
 
 
-def batch_moments(call: str, variables: Variables, layers: Iterable[Path]) -> dict[Path, Any]:
+def batch_moments(variables: Variables, layers: Iterable[Path]) -> dict[Path, Any]:
     """What each batch norm left in `batch_moments`, by the layer's path."""
-    return dict(_by_layer(collections(call, variables).get("batch_moments", {}), layers))
+    return dict(_by_layer(collections(variables).get("batch_moments", {}), layers))
 
 
 def moments_in(tree: Any, layers: Iterable[Path]) -> dict[Path, Moments]:
@@ -150,17 +149,16 @@ def _as_moments(value: Any) -> Any:
     return Moments(**value) if alike else value
 
 
-def moments_of(call: str, given: Any, layers: Iterable[Path]) -> dict[Path, Moments]:
+def moments_of(given: Any, layers: Iterable[Path]) -> dict[Path, Moments]:
     """Moments by the layer's path, from any of the forms in which tools take them."""
     holds = isinstance(given, nnx.Module) or (isinstance(given, Mapping) and "batch_moments" in given)
     layers = list(layers)
-    found: Any = batch_moments(call, given, layers) if holds else given if isinstance(given, Mapping) else {}
+    found: Any = batch_moments(given, layers) if holds else given if isinstance(given, Mapping) else {}
     named = {name: _as_moments(value) for name, value in by_name(found).items()}
     wrong = [name for name, value in named.items() if not isinstance(value, Moments)]
     if wrong or not named:
         got = f"a mapping {f'without jbn.Moments at {some(wrong)}' if wrong else 'with nothing'}"
         raise error(
-            call,
             "moments",
             got if isinstance(given, Mapping) else f"a {type(given).__name__} without batch_moments",
             "a mapping from path to jbn.Moments, or variables or an NNX module with batch_moments",
@@ -170,7 +168,7 @@ def moments_of(call: str, given: Any, layers: Iterable[Path]) -> dict[Path, Mome
     paths = {path_name(path): path for path in layers}
     if unknown := [name for name in named if name not in paths]:
         got, expected = f"one with {some(unknown)}", f"paths of batch norms: {some(sorted(paths))}"
-        raise error(call, "moments", got, expected, "Take moments and variables from the same model.")
+        raise error("moments", got, expected, "Take moments and variables from the same model.")
     return {paths[name]: value for name, value in named.items()}
 
 
@@ -184,9 +182,9 @@ def path_name(path: Path) -> str:
     return "/".join(map(str, path))
 
 
-def at(call: str, path: Path) -> str:
-    """The name of a call in errors about one layer."""
-    return f"{call} {path_name(path)!r}" if path else call
+def errors_at(path: Path) -> AbstractContextManager[None]:
+    """Errors inside are about the layer at this path."""
+    return named_errors(layer=repr(path_name(path)) if path else "")
 
 
 def shown(path: Path) -> str:
