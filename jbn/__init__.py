@@ -7,13 +7,13 @@ The functional door: pure functions over parameters and running statistics. The 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jbn._batch_norm import batch_norm as batch_norm
-from jbn._init import init as init
-from jbn._moments import Moments as Moments
-from jbn._moments import merge as merge
-from jbn._moments import moments as moments
-from jbn._renorm import Renorm as Renorm
-from jbn._running import update as update
+from jbn._core.batch_norm import batch_norm as batch_norm
+from jbn._core.init import init as init
+from jbn._core.moments import Moments as Moments
+from jbn._core.moments import merge as merge
+from jbn._core.moments import moments as moments
+from jbn._core.renorm import Renorm as Renorm
+from jbn._core.running import update as update
 
 __version__ = "0.1.0"
 __all__ = ["Moments", "Renorm", "batch_norm", "init", "merge", "moments", "update"]

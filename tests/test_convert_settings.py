@@ -9,7 +9,7 @@ import pytest
 import jbn
 import jbn.linen
 from jbn.tools import settings_from, settings_to
-from jbn.tools._libraries import LIBRARIES
+from jbn.tools._convert.libraries import LIBRARIES
 from tests.cases import assert_close
 from tests.foreign import EVALUATION
 

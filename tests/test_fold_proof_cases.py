@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jbn.tools import fold_variables
-from jbn.tools._outputs import random_like
+from jbn.tools._fold.outputs import random_like
 from tests.cases import assert_close, assert_trees_close
 from tests.folding import TOLERANCE, net, norm, random
 

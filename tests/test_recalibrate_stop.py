@@ -83,7 +83,7 @@ def test_the_bar_ends_where_it_stops(monkeypatch, length, most, total):
         return batches
 
     seen, (variables, train) = [], linen()
-    monkeypatch.setattr("jbn.tools._recalibrate.track", track)
+    monkeypatch.setattr("jbn.tools._statistics.recalibrate.track", track)
     batches = PARTS[:length] if length else iter(PARTS)
     jbn.tools.recalibrate(train, variables, batches, max_batches=most)
     assert seen == [total]

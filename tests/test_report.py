@@ -13,7 +13,7 @@ import jbn.linen
 import jbn.nnx
 import jbn.tools
 from jbn.tools import report
-from jbn.tools._drift import LayerReport
+from jbn.tools._report.channels import LayerReport
 from tests.cases import assert_close
 from tests.reporting import HEALTHY, VARIABLES, NNXNet, array, moments_of, only, variables_of
 

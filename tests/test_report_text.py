@@ -9,7 +9,7 @@ from rich.console import Console
 
 import jbn
 from jbn.tools import report
-from jbn.tools._drift import LayerReport
+from jbn.tools._report.channels import LayerReport
 from tests.reporting import BATCH, HEALTHY, VARIABLES, array, moments_of, variables_of
 
 

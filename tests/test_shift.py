@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jbn
-from jbn._shift import _some_rows, near
+from jbn._core.shift import _some_rows, near
 from tests.compiling import optimized
 
 

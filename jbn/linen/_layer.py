@@ -13,14 +13,14 @@ from flax.linen import initializers
 from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array
 
-from jbn._checks import check_x, feature_shape
-from jbn._errors import error, named_errors
-from jbn._moments import Moments, merge
-from jbn._options import Options, check_start, counters
-from jbn._renorm import Renorm
-from jbn._run import run
-from jbn._scalars import check_flag, check_static
-from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
+from jbn._core.arguments import check_x, feature_shape
+from jbn._core.dtypes import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
+from jbn._core.errors import error, named_errors
+from jbn._core.forward import run
+from jbn._core.moments import Moments, merge
+from jbn._core.options import Options, check_start, counters
+from jbn._core.renorm import Renorm
+from jbn._core.scalars import check_flag, check_static
 
 TRAINING_ALONE: ContextVar[bool] = ContextVar("training_alone", default=False)
 """Whether moments are left in training mode alone: recalibration takes no others."""

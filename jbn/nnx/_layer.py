@@ -12,13 +12,13 @@ from flax.nnx.nn import dtypes
 from jax.nn.initializers import Initializer, ones, zeros
 from jaxtyping import Array
 
-from jbn._errors import error, named_errors
-from jbn._moments import merge
-from jbn._options import Options, check_start, counters
-from jbn._renorm import Renorm
-from jbn._run import run
-from jbn._scalars import check_flag, check_static
-from jbn._types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
+from jbn._core.dtypes import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
+from jbn._core.errors import error, named_errors
+from jbn._core.forward import run
+from jbn._core.moments import merge
+from jbn._core.options import Options, check_start, counters
+from jbn._core.renorm import Renorm
+from jbn._core.scalars import check_flag, check_static
 from jbn.nnx._moments import BatchMoments
 from jbn.nnx._settings import setting
 

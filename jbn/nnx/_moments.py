@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from jbn._moments import Moments
+from jbn._core.moments import Moments
 
 
 class BatchMoments(nnx.BatchStat[Moments]):

@@ -1,0 +1,1 @@
+"""The functions, and the mathematics behind them and the layers."""

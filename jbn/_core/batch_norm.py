@@ -1,0 +1,199 @@
+"""The pure function."""
+
+from typing import Literal, overload
+
+from jaxtyping import Array
+
+from jbn._core.dtypes import Axes, AxisIndexGroups, AxisName, Dtype, Flag, Params, X
+from jbn._core.errors import names_errors
+from jbn._core.forward import Stats, run
+from jbn._core.moments import Moments
+from jbn._core.options import Options
+from jbn._core.renorm import Renorm
+from jbn._core.scalars import check_static
+
+
+@overload
+def batch_norm(
+    params: Params | None,
+    batch_stats: Stats,
+    x: X,
+    *,
+    use_running_average: Flag,
+    axis: Axes = ...,
+    momentum: float | Array | None = ...,
+    epsilon: float = ...,
+    axis_name: AxisName | None = ...,
+    axis_index_groups: AxisIndexGroups | None = ...,
+    mask: Array | None = ...,
+    unbiased: bool = ...,
+    debias: bool = ...,
+    skip_nonfinite: bool = ...,
+    virtual_batch_size: int | None = ...,
+    renorm: Renorm | None = ...,
+    activation: str | None = ...,
+    residual: Array | None = ...,
+    dtype: Dtype | None = ...,
+    blend: float | Array | None = ...,
+    return_moments: Literal[False] = ...,
+) -> tuple[Array, Stats]: ...
+
+
+@overload
+def batch_norm(
+    params: Params | None,
+    batch_stats: Stats,
+    x: X,
+    *,
+    use_running_average: Flag,
+    axis: Axes = ...,
+    momentum: float | Array | None = ...,
+    epsilon: float = ...,
+    axis_name: AxisName | None = ...,
+    axis_index_groups: AxisIndexGroups | None = ...,
+    mask: Array | None = ...,
+    unbiased: bool = ...,
+    debias: bool = ...,
+    skip_nonfinite: bool = ...,
+    virtual_batch_size: int | None = ...,
+    renorm: Renorm | None = ...,
+    activation: str | None = ...,
+    residual: Array | None = ...,
+    dtype: Dtype | None = ...,
+    blend: float | Array | None = ...,
+    return_moments: Literal[True],
+) -> tuple[Array, Stats, Moments]: ...
+
+
+@names_errors
+def batch_norm(
+    params: Params | None,
+    batch_stats: Stats,
+    x: X,
+    *,
+    use_running_average: Flag,
+    axis: Axes = -1,
+    momentum: float | Array | None = 0.99,
+    epsilon: float = 1e-5,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    mask: Array | None = None,
+    unbiased: bool = False,
+    debias: bool = False,
+    skip_nonfinite: bool = False,
+    virtual_batch_size: int | None = None,
+    renorm: Renorm | None = None,
+    activation: str | None = None,
+    residual: Array | None = None,
+    dtype: Dtype | None = None,
+    blend: float | Array | None = None,
+    return_moments: bool = False,
+) -> tuple[Array, Stats] | tuple[Array, Stats, Moments]:
+    """Normalizes x per channel, and returns it with the new running statistics.
+
+        mean = E[x],  var = E[|x - mean|^2],  y = scale * (x - mean) / sqrt(var + epsilon) + bias
+
+    In training the expectations are over every axis but the feature axes, and over the devices of
+    `axis_name`; in evaluation mean and var are the running statistics, and nothing is updated.
+
+    - Statistics are reduced in float32 or wider, about a shift near the data, whatever the dtype of x.
+    - y is normalized by the biased variance, which is stored too unless `unbiased`.
+    - Gradients, of any order, flow to x, scale, bias and residual; none through the returned statistics.
+    - A channel with no row in this batch, or with one, is not updated; y is then bias.
+
+    Args:
+      params: a mapping with `scale`, `bias`, either or neither; None is neither. Each is [C], or has x's
+        rank and broadcasts to x (conditional batch norm, arXiv 1707.00683).
+      batch_stats: a mapping with `mean` and `var`, each [C], from `init`. None keeps none: x is then
+        normalized by its batch in every mode.
+      x: any shape of at least one axis; floating or complex (integers are taken as float32).
+      use_running_average: True in evaluation, False in training; a traced bool works too.
+      axis: the feature axis or axes.
+      epsilon: added to the variance.
+
+      How statistics are measured:
+      axis_name: the mapped axis or axes (of `vmap`, `pmap` or `shard_map`) over which the batch is cut.
+        Needed in training only. Under `jit`, sharded arrays need none.
+      axis_index_groups: groups of devices of that axis that normalize together.
+      mask: bool, or weights from 0 up: x's rank and broadcastable to x, or aligned with x's leading
+        non-feature axes (`[N]`, `[N, T]`). Entries with 0 or False take no part in statistics or
+        gradients, whatever they hold.
+      virtual_batch_size: ghost batch norm (Hoffer et al. 2017, arXiv 1705.08741): each group of so many
+        successive examples, along the first axis that is no feature axis, is normalized by itself. Groups
+        stay on their device; the running statistics are updated once, by all rows of all devices together.
+      renorm: batch renormalization towards the running statistics, `jbn.Renorm(r_max, d_max)` (Ioffe 2017,
+        arXiv 1702.03275); of each group by itself, with virtual_batch_size.
+      blend: None, or a number or scalar array from 0 to 1: evaluation normalizes by the mean
+        `blend * running + (1 - blend) * batch`, and by the variance alike (test-time adaptation: Schneider et
+        al. 2020, arXiv 2006.16971). Nothing is stored; gradients flow through the batch's part; mask and
+        axis_name count as in training. A channel with no row has the running statistics alone.
+
+      How they are remembered:
+      momentum: weighs the OLD statistics, `new = momentum * old + (1 - momentum) * batch`; from 0 to 1,
+        or a traced scalar. PyTorch's 0.1 is 0.9 here. None is cumulative: the statistics of all rows so far,
+        pooled by count as in `jbn.merge`; needs `rows`, from `init(..., count=True)`.
+      unbiased: whether the variance that is stored is multiplied by n / (n - 1), as in PyTorch; n counts the
+        rows of all devices that take part.
+      debias: whether evaluation (and renorm) divides out what is left of the initial 0 and 1:
+        `mean / (1 - momentum^count)`, `(var - momentum^count) / (1 - momentum^count)` (Kingma and Ba 2014,
+        arXiv 1412.6980, section 3). After one update it uses that batch's statistics, to the rounding of
+        what is stored over 1 - momentum. Needs `count`.
+      skip_nonfinite: whether a batch whose statistics hold NaN or inf in any channel updates nothing, on all
+        devices that normalize together.
+
+      What happens after:
+      residual: added to y; x's rank, and broadcasts to x. Taken in y's dtype, and not masked: what it holds
+        where x is masked, is added too.
+      activation: "relu" gives `relu(y + residual)`: the values and gradients of the separate operations, of
+        which the backward pass keeps nothing but the result.
+      dtype: of y; None: x's.
+      return_moments: whether the moments of the batch are returned too, over devices and without masked
+        entries, in evaluation as well: those that training has measured in any case. Differentiable.
+
+    Returns:
+      y, of x's shape, and batch_stats of the same structure, shapes and dtypes as they came; with
+      return_moments also the batch's `jbn.Moments`.
+
+    Raises:
+      ValueError: an argument that does not fit, or not with another, and one value per channel in training.
+      NameError: an axis name that nothing binds, in training.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn
+      >>> params, batch_stats = jbn.init(1)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, batch_stats = jbn.batch_norm(params, batch_stats, x, use_running_average=False, momentum=0.9)
+      >>> print(y[:, 0].round(3), batch_stats["mean"], batch_stats["var"])
+      [-1.  1.] [0.2] [1.]
+
+    Reference: Ioffe and Szegedy 2015, arXiv 1502.03167.
+    """
+    options = Options(
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased=unbiased,
+        debias=debias,
+        skip_nonfinite=skip_nonfinite,
+        virtual_batch_size=virtual_batch_size,
+        renorm=renorm,
+        blend=blend,
+        activation=activation,
+    )
+    check_static("return_moments", return_moments)
+    y, new_stats, moments = run(
+        params,
+        batch_stats,
+        x,
+        use_running_average,
+        options,
+        mask=mask,
+        residual=residual,
+        dtype=dtype,
+        measuring=return_moments,
+    )
+    if moments is None or not return_moments:
+        return y, new_stats
+    return y, new_stats, moments

@@ -1,0 +1,221 @@
+"""Models of linen as they are: ours in the place of Flax's batch norms."""
+
+import contextlib
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from jax.experimental.xla_metadata import set_xla_metadata
+from jaxtyping import Array
+
+from jbn._core.dtypes import Flag, X
+from jbn._core.errors import error, named_errors
+from jbn._core.moments import Moments
+from jbn._core.where import Where, check_where, matches
+from jbn.linen._layer import TRAINING_ALONE, BatchNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class _Replacement:
+    """What one context replaces, and by what; and of which classes modules ran, and if one was meant."""
+
+    where: Where = None
+    classes: tuple[type[nn.Module], ...] = ()
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ran: dict[str, bool] = dataclasses.field(default_factory=dict)
+
+    def key(self) -> str:
+        """What it shares with replacements that are the same to a trace, and with no others."""
+        overrides = [part for item in sorted(self.overrides.items()) for part in item]
+        return " ".join(map(_key, (self.where, *self.classes, *overrides)))
+
+    def means(self, layer: nn.Module) -> bool:
+        known = (nn.BatchNorm, BatchNorm, *self.classes)
+        meant = type(layer) in known and matches(self.where, "/".join(layer.path))
+        name = type(layer).__name__
+        self.ran[name] = self.ran.get(name, False) or meant
+        return meant
+
+
+_ACTIVE: ContextVar[tuple[_Replacement, ...]] = ContextVar("active", default=())
+
+
+_KEPT: dict[int, Any] = {}
+"""Functions and classes that are in keys, by their ids: while they live, no other object has these."""
+
+_TRACERS = itertools.count()
+
+
+def _key(value: Any) -> str:
+    """A text that is the same for two values only if they are the same to a trace."""
+    if isinstance(value, jax.core.Tracer):
+        return f"tracer {next(_TRACERS)}"  # of this trace alone
+    if isinstance(value, (jax.Array, np.ndarray)):
+        array = np.asarray(value)
+        return f"{array.dtype}{array.shape}{array.tobytes().hex()}"
+    if callable(value):
+        _KEPT[id(value)] = value
+        return f"{value!r} {id(value)}"
+    leaves, structure = jax.tree.flatten(value)
+    if jax.tree_util.treedef_is_leaf(structure):
+        return repr(value)
+    return f"{structure}({', '.join(map(_key, leaves))})"
+
+
+class _StandIn(BatchNorm):
+    """In the place of another layer, which captures the intermediates of the call that it got."""
+
+    @nn.nowrap
+    def sow(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def replace_batch_norm(
+    where: Where = None, *, classes: tuple[type[nn.Module], ...] = (), **overrides: Any
+) -> Iterator[None]:
+    """Makes every `flax.linen.BatchNorm` that is applied inside run as `jbn.linen.BatchNorm`.
+
+    Models that somebody else wrote get accurate, masked or synchronized batch norm with no edit. Parameters,
+    statistics, modes and settings stay as they are, except for the overrides, which reach layers that are
+    `jbn.linen.BatchNorm` already too; an override of `use_running_average` counts for more than what the
+    model says in its calls. Subclasses of these layers, and all others, are left alone. Contexts nest, inner
+    overrides first, and hold for one thread.
+
+    What `jax.jit` has compiled outside is traced again inside, once for each set of overrides.
+
+    Args:
+      where: which layers: a glob on their path, as `"backbone/*"`, in which `*` crosses `/`, or a predicate
+        of the path; None: all.
+      classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables,
+        and those of its fields that have a name of ours. Their subclasses are left alone.
+      **overrides: fields of `jbn.linen.BatchNorm` that get these values in the layers.
+
+    Returns:
+      A context manager.
+
+    Raises:
+      ValueError: an override that is no field of the layer, a `where` or `classes` of another kind.
+
+    Warns:
+      UserWarning: modules ran inside, and none of them was a batch norm that is meant. Those of a function
+        that `jax.jit` has compiled already do not show.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.linen
+      >>> model, x = nn.BatchNorm(use_running_average=False), jnp.array([[1.0], [3.0]])
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> with jbn.linen.replace_batch_norm(momentum=0.5):
+      ...     y, new = model.apply(variables, x, mutable=["batch_stats"])
+      >>> print(new["batch_stats"]["mean"])
+      [1.]
+    """
+    with named_errors("jbn.linen.replace_batch_norm"):
+        _check_overrides(overrides)
+        check_where(where, classes, nn.Module)
+    replacement = _Replacement(where, tuple(classes), overrides)
+    with _replacing(replacement):
+        yield
+    if replacement.ran and not any(replacement.ran.values()):
+        ran = ", ".join(sorted(replacement.ran))
+        warnings.warn(
+            f"jbn.linen.replace_batch_norm: modules of {ran} ran, and none was a batch "
+            "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=.",
+            stacklevel=3,
+        )
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Fields of our layer."""
+    fields = _fields(BatchNorm)
+    if unknown := sorted(set(overrides) - fields):
+        raise error(
+            "overrides",
+            ", ".join(unknown),
+            f"fields of jbn.linen.BatchNorm ({', '.join(sorted(fields))})",
+            "Check the spelling.",
+        )
+
+
+@contextlib.contextmanager
+def training_moments_alone() -> Iterator[None]:
+    """`replace_batch_norm()` in which layers leave moments in training mode only, as recalibration needs.
+
+    They leave them in `batch_stats`, as `moments` beside `mean`: lifted transforms need not know of another
+    collection, and `nn.scan` that carries the statistics over time has the place from the start.
+    """
+
+    def with_places(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        scope: Any = context.module.scope
+        if scope is not None and scope.parent is None and scope.is_mutable_collection("batch_stats"):
+            for name, place in _places(scope.variables().get("batch_stats", {})).items():
+                scope.put_variable("batch_stats", name, place)
+        return call(*args, **kwargs)
+
+    token = TRAINING_ALONE.set(True)
+    again = set_xla_metadata(jbn_training_moments="alone")
+    try:
+        with _replacing(_Replacement()), nn.intercept_methods(with_places), again:
+            yield
+    finally:
+        TRAINING_ALONE.reset(token)
+
+
+def _places(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Moments of no rows for every batch norm that has none yet, as a tree of their places."""
+    below = {name: _places(tree) for name, tree in stats.items() if isinstance(tree, Mapping)}
+    places: dict[str, Any] = {name: tree for name, tree in below.items() if tree}
+    if {"mean", "var"} <= set(stats) and "moments" not in stats:
+        mean, var = (meta.unbox(stats[name]) for name in ("mean", "var"))
+        # As wide as any moments can be, which a scan's carry has to be from its first step.
+        zero = jnp.zeros(var.shape, float)
+        kind = jnp.promote_types(mean.dtype, zero.dtype)
+        places["moments"] = Moments(zero, jnp.zeros(mean.shape, kind), zero)
+    return places
+
+
+@contextlib.contextmanager
+def _replacing(replacement: _Replacement) -> Iterator[None]:
+    def intercept(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        layer = context.module
+        if context.method_name != "__call__" or isinstance(layer, _StandIn):
+            return call(*args, **kwargs)
+        meant = [each for each in _ACTIVE.get() if each.means(layer)]
+        overrides = {name: value for each in meant for name, value in each.overrides.items()}
+        if not meant or (type(layer) is BatchNorm and not overrides):
+            return call(*args, **kwargs)
+        settings = {name: getattr(layer, name) for name in _fields(BatchNorm) & _fields(type(layer))}
+        scope: Any = layer.scope  # ours has its variables where the other has them
+        ours = _StandIn(**(settings | overrides), parent=scope)
+
+        def run(x: X, use_running_average: Flag | None = None, **options: Any) -> Array:
+            overridden = "use_running_average" in overrides
+            return ours(x, None if overridden else use_running_average, **options)
+
+        return run(*args, **kwargs)
+
+    token = _ACTIVE.set((*_ACTIVE.get(), replacement))
+    # Metadata is part of the key by which JAX finds what it has traced, replacements must be too.
+    traced_again = set_xla_metadata(jbn_replace_batch_norm=" / ".join(each.key() for each in _ACTIVE.get()))
+    try:
+        with nn.intercept_methods(intercept), traced_again:
+            yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def _fields(layer: type[nn.Module]) -> set[str]:
+    """The settings of a layer, without what says where it is."""
+    return {field.name for field in dataclasses.fields(layer)} - {"parent", "name"}

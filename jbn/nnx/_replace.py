@@ -1,0 +1,126 @@
+"""Models of NNX as they are: batch norms that keep moments, and ours in the place of Flax's."""
+
+import inspect
+import warnings
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jbn._core.errors import error, names_errors
+from jbn._core.moments import Moments
+from jbn._core.options import counters
+from jbn._core.where import Where, check_where, matches
+from jbn.nnx._layer import BatchNorm
+from jbn.nnx._moments import BatchMoments
+from jbn.nnx._settings import FLAX_SETTINGS, OWN_SETTINGS, setting
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+_DEFAULTS = OWN_SETTINGS | {
+    name: inspect.signature(BatchNorm.__init__).parameters[name].default for name in FLAX_SETTINGS
+}
+
+
+@names_errors
+def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
+    """Gives every batch norm of a model a variable for the moments of its batches, with no rows in it yet.
+
+    Args:
+      model: whose layers `jbn.nnx.BatchNorm` are changed.
+      keep: False takes the variables away again.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn.nnx
+      >>> from flax import nnx
+      >>> layer = jbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jbn.nnx.keep_batch_moments(layer)
+      >>> _ = layer(jnp.array([[1.0], [3.0]])), layer(jnp.array([[5.0]]).repeat(2, 0))
+      >>> print(layer.batch_moments.get_value().mean)
+      [3.5]
+    """
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, BatchNorm):
+            mean, zero = jnp.zeros_like(layer.mean[...]), jnp.zeros_like(layer.var[...])
+            layer.batch_moments = nnx.data(BatchMoments(Moments(zero, mean, zero)) if keep else None)
+
+
+@names_errors
+def replace_batch_norm(
+    model: Model, where: Where = None, *, classes: tuple[type[nnx.Module], ...] = (), **overrides: Any
+) -> Model:
+    """Makes every `flax.nnx.BatchNorm` of a model a `jbn.nnx.BatchNorm`, in place.
+
+    Models that somebody else wrote get accurate, masked or synchronized batch norm with no edit. The layers
+    are changed in place, wherever in the model they are held, and share their variables, modes and settings
+    with what they were, except for the overrides. Those that are `jbn.nnx.BatchNorm` already get the
+    overrides too. Subclasses, and all other layers, are left alone.
+
+    Args:
+      model: any NNX module, a single batch norm included; it is changed.
+      where: which layers: a glob on their path, as `"backbone/*"`, in which `*` crosses `/`, or a predicate
+        of the path; None: all. A layer that is held in several places has the first of its paths.
+      classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables
+        and attributes. Their subclasses are left alone.
+      **overrides: attributes of `jbn.nnx.BatchNorm` that get these values in the layers.
+
+    Returns:
+      The model that was given.
+
+    Raises:
+      ValueError: an override that is no attribute of the layer, a `where` or `classes` of another kind.
+
+    Warns:
+      UserWarning: no module of the model was a batch norm that is meant.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn.nnx
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(1)))
+      >>> model = jbn.nnx.replace_batch_norm(model, axis_name="data")
+      >>> type(model.layers[1]) is jbn.nnx.BatchNorm, model.layers[1].axis_name
+      (True, 'data')
+    """
+    settings = (*FLAX_SETTINGS, *OWN_SETTINGS)
+    if unknown := sorted(set(overrides) - set(settings)):
+        raise error(
+            "overrides",
+            ", ".join(unknown),
+            f"settings of jbn.nnx.BatchNorm ({', '.join(settings)})",
+            "Check the spelling.",
+        )
+    check_where(where, classes, nnx.Module)
+    kinds = (nnx.BatchNorm, BatchNorm, *classes)
+    modules = [
+        module
+        for path, module in nnx.iter_modules(model)
+        if type(module) in kinds and matches(where, "/".join(map(str, path)))
+    ]
+    if not modules:
+        ran = sorted({type(module).__name__ for _, module in nnx.iter_modules(model)})
+        warnings.warn(
+            f"jbn.nnx.replace_batch_norm: the model has modules of {', '.join(ran)}, and none is a batch "
+            "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=.",
+            stacklevel=3,
+        )
+    if counters(overrides.get("momentum", 0.0), overrides.get("debias", False)) and any(
+        getattr(module, "count", None) is None for module in modules
+    ):
+        raise error(
+            "overrides",
+            "momentum=None or debias=True",
+            "layers that have counted their updates from the first one",
+            "Make the model with jbn.nnx.BatchNorm and this option, and load its variables.",
+        )
+    for module in modules:
+        layer: Any = module
+        if type(module) is not BatchNorm:
+            # The class alone: wherever the layer is held, and by however many, it stays one object.
+            layer.__class__ = BatchNorm
+            layer.count, layer.rows, layer.batch_moments = (nnx.data(None) for _ in range(3))
+            for name, value in _DEFAULTS.items():
+                if name in OWN_SETTINGS or not hasattr(layer, name):
+                    setattr(layer, name, value)
+        for name, value in overrides.items():
+            setattr(layer, name, setting(value))
+    return model

@@ -1,0 +1,1 @@
+"""Arrays and settings from and to other libraries."""

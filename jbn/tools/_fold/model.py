@@ -1,0 +1,119 @@
+"""Folding in a model: pairs are found or named, every batch norm goes into its layer, and that is proved."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jbn._core.dtypes import Axes, describe
+from jbn._core.errors import error, names_errors
+from jbn.tools._fold.absorb import Model, Pair, layers_and_norms
+from jbn.tools._fold.pairs import calls_of, found_pairs, kernel_axes, named_pairs
+from jbn.tools._fold.proof import proved
+from jbn.tools._models import Variables, collections
+
+
+@names_errors
+def fold_variables(
+    variables: Model,
+    pairs: Sequence[tuple[Any, Any]] | None = None,
+    *,
+    call: Callable[[Any, Any], Any] | None = None,
+    x: Any = None,
+    epsilon: float = 1e-5,
+    axis: Axes = -1,
+) -> Model:
+    """Folds batch norms of a model into the layers before them, and proves that the outputs stay.
+
+    The layers get the kernels of `fold`, and each folded batch norm becomes the identity: mean 0, var 1,
+    scale 1, bias 0. So the model keeps its structure and its code. Exactly:
+
+    - The batch norm still divides by sqrt(1 + epsilon). Its scale becomes that, and without a scale the
+      kernel and bias of the layer are multiplied by it. The variance is 1.
+    - A layer without bias, such as `Conv(use_bias=False)`, cannot take the offset. It stays in the batch
+      norm: in its bias, or without one in its mean. A real bias takes no complex offset either.
+    - All keep their dtypes, but for a real kernel whose batch norm has a complex scale.
+
+    With pairs=None they are found: `call(variables, x)` is traced, nothing is computed, and a batch norm
+    belongs to the layer whose output is its input, with nothing between. Each pair found is printed, and
+    each batch norm without one. Found are Dense, DenseGeneral, Conv and ConvTranspose of linen, Linear,
+    LinearGeneral, Conv and ConvTranspose of NNX, and the batch norms of Flax and jbn. Left out are layers
+    and batch norms that run more than once or share weights, or that `nn.scan` or `nn.vmap` stacks, layers
+    whose output a second of them takes, batch norms over other axes, and pairs that `jit` parts.
+
+    The proof: `call` is evaluated on random input like x before and after, at full matrix precision. No
+    output may move by more than 1e-5 of the largest one, or 4 epsilons of the coarsest dtype that the layers
+    store or compute in. And it must move by more if a batch norm gets other values, or else the outputs do
+    not show the pair, and prove nothing. Of the pairs found, those not proved are printed and left out.
+
+    Without `call` each pair is proved by itself: the kernel is contracted with random patches, and batch norm
+    follows. That cannot show that a layer's output is used elsewhere too, or that epsilon is another, or that
+    the layers have `debias=True`: then give it what `jbn.tools.debias` returns.
+
+    Args:
+      variables: linen variables, `{"params": ..., "batch_stats": ...}`, or an NNX module. Never written. The
+        proof needs values: not inside of `jit`.
+      pairs: of the paths of a layer and of its batch norm, each like "block/Conv_0" or ("block", "Conv_0").
+      call: the model in evaluation, such as `lambda variables, x: model.apply(variables, x, train=False)`.
+        An NNX module is put into evaluation mode before, and if there is an x, is itself the default.
+      x: an example input of `call`, an array or a tree of them. What floating leaves hold does not matter;
+        integers are drawn from the range of a leaf, or, where all are the same, from 0 up.
+      epsilon: that of the batch norms which `call` did not run; the others know theirs.
+      axis: as in `fold`, for layers which `call` did not run.
+
+    Returns:
+      variables of the same structure, or a new NNX module.
+
+    Raises:
+      ValueError: pairs that the model does not have or that do not fit; named pairs whose folding changes the
+        outputs, or that the outputs do not show; a `call` without floating outputs.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.tools
+      >>> model, x = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=True)]), jnp.ones((1, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> folded = jbn.tools.fold_variables(variables, call=model.apply, x=x)
+      layers_0 -> layers_1
+      >>> print(jnp.allclose(model.apply(folded, x), model.apply(variables, x)))
+      True
+
+    Reference: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
+    """
+    _check(variables, call, x)
+    if call is None and x is not None and isinstance(variables, nnx.Module):
+        call = _itself
+    calls = [] if call is None else calls_of(call, variables, x)
+    layers, norms = layers_and_norms(variables)
+    paths = found_pairs(calls, layers, norms) if pairs is None else named_pairs(pairs, layers, norms)
+    static = tuple(axis) if isinstance(axis, Sequence) else axis
+    epsilons = {seen.path: float(seen.module.epsilon) for seen in calls if seen.is_norm}
+    axes = {seen.path: kernel_axes(seen.module) for seen in calls if not seen.is_norm}
+    momenta = {
+        seen.path: seen.module.momentum
+        for seen in calls
+        if seen.is_norm and getattr(seen.module, "debias", False)
+    }
+    chosen = [Pair(a, b, epsilons.get(b, epsilon), axes.get(a, static), momenta.get(b)) for a, b in paths]
+    return proved(variables, chosen, call, x, {seen.y.dtype for seen in calls}, found=pairs is None)
+
+
+def _check(variables: Variables, call: Any, x: Any) -> None:
+    """A function to call, and values: what is traced has none, and what is no array has no dtype."""
+    if call is not None and not callable(call):
+        fix = "For example lambda variables, x: model.apply(variables, x, train=False)."
+        raise error("call", describe(call), "a function of variables and x", fix)
+    leaves = {"variables": jax.tree.leaves(collections(variables)), "x": jax.tree.leaves(x)}
+    for argument, values in leaves.items():
+        for value in values:
+            if isinstance(value, jax.core.Tracer):
+                fix = "Call it outside of jit, grad and scan."
+                got = f"one with a traced {describe(value)}"
+                raise error(argument, got, "values, which the proof needs", fix)
+            if not hasattr(value, "dtype"):
+                got = f"a tree with {describe(value)}"
+                raise error(argument, got, "a tree of arrays", "Convert it: jnp.asarray.")
+
+
+def _itself(model: Any, x: Any) -> Any:
+    return model(x)

@@ -1,0 +1,1 @@
+"""What the running statistics of a model look like, and how far batches are from them."""

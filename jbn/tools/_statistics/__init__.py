@@ -1,0 +1,1 @@
+"""Running statistics of whole models: measured again, merged, corrected."""

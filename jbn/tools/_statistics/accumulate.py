@@ -1,0 +1,88 @@
+"""Accumulation: one update of running statistics for many micro-batches."""
+
+import functools
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jbn._core.dtypes import kept
+from jbn._core.errors import names_errors
+from jbn._core.running import updated
+from jbn._core.scalars import check_momentum
+from jbn.tools._models import (
+    Variables,
+    batch_norms,
+    errors_at,
+    moments_of,
+    with_values,
+    without_batch_moments,
+)
+
+Model = TypeVar("Model", bound=Variables)
+
+
+@names_errors
+def apply_moments(
+    variables: Model,
+    moments: Any = None,
+    *,
+    momentum: float | jax.Array | None = 0.99,
+    unbiased: bool = False,
+    skip_nonfinite: bool = False,
+) -> Model:
+    """One update of every batch norm by moments of its batch, whatever micro-batches it came in.
+
+        new = momentum * old + (1 - momentum) * batch
+
+    This is how gradients are accumulated over K micro-batches with one update of the statistics, that of the
+    whole batch: call the model with `update_batch_stats=False`, or drop its `batch_stats`, keep
+    `batch_moments` from call to call, in which each layer merges what it sees, and apply them once at the
+    end. (Each micro-batch is still normalized by itself.) The next K begin without moments: those in the
+    variables are taken out by this call; those that you keep elsewhere, as below, you drop yourself.
+    Stacked layers (`nn.scan`, `nn.vmap`) need `'batch_moments': 0` in `variable_axes`, as for `batch_stats`.
+
+    Args:
+      variables: linen variables or an NNX module; not changed.
+      moments: variables with the collection `batch_moments`, as `model.apply` returns them, or an NNX model
+        after `jbn.nnx.keep_batch_moments`; or a mapping from path, `"block/bn"` or `("block", "bn")`, to
+        `jbn.Moments`; None: those in variables.
+      momentum: that of the layers, which this call cannot see: pass it if it is not 0.99, their default.
+        From 0 (the batch replaces the old) to 1; may be a traced scalar. None is cumulative.
+      unbiased: that of the layers too, like the next one: as in `jbn.update`.
+      skip_nonfinite: whether moments with NaN or inf leave the statistics of their layer as they are; those
+        of all layers of a stack, if they keep no `count` that would tell how many these are.
+
+    Returns:
+      A model of the same kind with new `batch_stats`. Layers without moments, or with no rows in them, keep
+      theirs. If the moments were those in variables, it holds none: linen variables are without the
+      collection, and in an NNX module their count is 0.
+
+    Raises:
+      ValueError: no moments at all, moments of a layer that the model does not have, shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn, jbn.linen, jbn.tools
+      >>> layer, (params, batch_stats) = jbn.linen.BatchNorm(use_running_average=False), jbn.init(1)
+      >>> variables, moments = {"params": params, "batch_stats": batch_stats}, {}
+      >>> for rows in (jnp.array([[0.0], [1]]), jnp.array([[2.0], [3]])):
+      ...     _, moments = layer.apply(
+      ...         variables | moments, rows, update_batch_stats=False, mutable=["batch_moments"]
+      ...     )
+      >>> print(jbn.tools.apply_moments(variables, moments, momentum=0.0)["batch_stats"]["mean"])
+      [1.5]
+    """
+    check_momentum(momentum)
+    layers = batch_norms(variables)
+    given: Any = variables if moments is None else moments
+    step = functools.partial(updated, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite)
+    stats = {}
+    for path, batch in moments_of(given, layers).items():
+        old = layers[path].batch_stats
+        with errors_at(path):
+            of_layer = step
+            for _ in range(jnp.ndim(old.get("count", 0))):  # one of each layer, if layers are stacked
+                of_layer = jax.vmap(of_layer)
+            stats[path] = of_layer(old | kept(old, batch.mean), batch)
+    new: Model = with_values(variables, batch_stats=stats)
+    return without_batch_moments(new) if given is variables else new

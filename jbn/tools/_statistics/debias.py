@@ -1,0 +1,103 @@
+"""Debiasing: statistics with nothing of the initial 0 and 1 left in them."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from jbn._core.dtypes import BatchStats
+from jbn._core.errors import error, names_errors
+from jbn._core.options import check_constant
+from jbn._core.running import debiased, without_end
+from jbn._core.scalars import check_momentum
+from jbn.nnx import BatchNorm
+from jbn.tools._models import Path, Variables, batch_norms, by_name, path_name, some, with_values
+
+Model = TypeVar("Model", bound=Variables)
+
+
+@names_errors
+def debias(
+    variables: Model, *, momentum: float | Mapping[Path, float] | Mapping[str, float] | None = None
+) -> Model:
+    """A model whose statistics are those that its layers, with `debias=True`, evaluate with.
+
+        mean / (1 - momentum^count),  (var - momentum^count) / (1 - momentum^count)
+
+    For everything that reads statistics and does not know how the layers are set: `fold`, `to_torch` and its
+    like, `report`, or a model without `debias`. `count` becomes 2^30, as after updates without end, so that
+    layers with `debias=True` compute what they did, and debiasing twice changes nothing.
+
+    Args:
+      variables: linen variables or an NNX module; not changed.
+      momentum: of the layers with a `count`: a number for all of them, or a mapping from the path of each
+        that is debiased, `"block/bn"` or `("block", "bn")`. An NNX module knows those of its layers, and
+        which of them have `debias=True`; for it, None takes these.
+
+    Returns:
+      A model of the same kind with new `mean`, `var` and `count`; a batch norm before its first update keeps
+      what it has.
+
+    Raises:
+      ValueError: a model without batch norm, a path to none or to one without a `count`, a momentum that is
+        missing or no number from 0 to 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jbn, jbn.tools
+      >>> _, old = jbn.init(1, count=True)
+      >>> new = jbn.update(old, jbn.moments(jnp.array([[1.0], [3.0]])), momentum=0.75)
+      >>> debiased = jbn.tools.debias({"batch_stats": new}, momentum=0.75)["batch_stats"]
+      >>> print(new["mean"], debiased["mean"].round(5))
+      [0.5] [2.]
+
+    Reference: Kingma and Ba 2014, arXiv 1412.6980, section 3.
+    """
+    layers = {path: layer.batch_stats for path, layer in batch_norms(variables).items()}
+    counted = {path_name(path): path for path, stats in layers.items() if "count" in stats}
+    momenta: dict[str, Any]
+    if isinstance(momentum, Mapping):
+        momenta = by_name(momentum)
+    elif momentum is None and isinstance(variables, nnx.Module):
+        momenta = _own(variables)
+    else:
+        momenta = dict.fromkeys(counted, momentum)
+    if not momenta or (unknown := [path for path in momenta if path not in counted]):
+        got = f"one for {some(unknown)}" if momenta else "for none"
+        expected = (
+            f"those of batch norms with a count: {some(sorted(counted)) if counted else 'there are none'}"
+        )
+        raise error("momentum", got, expected, "Layers with debias=True keep a count.")
+    for value in momenta.values():
+        _check(value)
+    stats = {counted[path]: debiased_start(layers[counted[path]], value) for path, value in momenta.items()}
+    new: Model = with_values(variables, batch_stats=stats)
+    return new
+
+
+def _own(model: nnx.Module) -> dict[str, Any]:
+    """The momentum of each layer with debias=True."""
+    modules: Any = nnx.iter_modules(model)
+    layers = [(path, layer) for path, layer in modules if isinstance(layer, BatchNorm)]
+    return {
+        path_name(path): layer.momentum
+        for path, layer in layers
+        if layer.debias and layer.momentum is not None
+    }
+
+
+def _check(momentum: Any) -> None:
+    if momentum is None:
+        fix = "Cumulative statistics have nothing to debias: leave their layers out."
+        raise error("momentum", "None", "a number from 0 to 1, that of the layers", fix)
+    check_momentum(momentum)
+    check_constant(momentum)
+
+
+def debiased_start(batch_stats: BatchStats, momentum: float | None) -> dict[str, Array]:
+    """`debias` of one batch norm that has a count."""
+    count = jnp.asarray(batch_stats["count"])
+    new = debiased(batch_stats, momentum)
+    values = {name: new[name].astype(batch_stats[name].dtype) for name in ("mean", "var")}
+    return {**batch_stats, **values, "count": jnp.where(count > 0, without_end(count), count)}
