@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jbn._core.batch_norm import batch_norm as batch_norm
-from jbn._core.init import init as init
+from jbn._core.batch_norm import init as init
 from jbn._core.moments import Moments as Moments
 from jbn._core.moments import merge as merge
 from jbn._core.moments import moments as moments

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jbn
-from jbn._core.shift import _some_rows, near
+from jbn._core.shift import pick_shift, subsample
 from tests.compiling import optimized
 
 
@@ -25,13 +25,13 @@ from tests.compiling import optimized
     ],
 )
 def test_thirty_two_rows_or_as_many_as_can_be(shape, axes, rows):
-    found = _some_rows(jnp.zeros(shape), axes)
+    found = subsample(jnp.zeros(shape), axes)
     assert tuple(found.shape[axis] for axis in axes) == rows
 
 
 def test_they_are_spread_over_the_batch():
     x = jnp.arange(64.0)[:, None]
-    np.testing.assert_array_equal(_some_rows(x, (0,))[:, 0], np.arange(0, 64, 2))
+    np.testing.assert_array_equal(subsample(x, (0,))[:, 0], np.arange(0, 64, 2))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
@@ -39,13 +39,13 @@ def test_they_are_spread_over_the_batch():
 def test_equal_rows_have_exactly_their_value(value, dtype):
     """32 times 0.1, added one by one, is no multiple of it any more."""
     x = jnp.full((96, 3), value, dtype)
-    shift = optimized(lambda x: near(x, None, (0,), jnp.ones((1, 1))))(x)
+    shift = optimized(lambda x: pick_shift(x, None, (0,), jnp.ones((1, 1))))(x)
     np.testing.assert_array_equal(shift, x[:1].astype(np.float32))
 
 
 def test_rows_that_are_nearly_equal_have_a_shift_near_them():
     x = 1e4 + 1e-3 * np.arange(-32, 32, dtype=np.float32)[:, None]
-    shift = near(jnp.asarray(x, jnp.float32), None, (0,), jnp.ones((1, 1)))
+    shift = pick_shift(jnp.asarray(x, jnp.float32), None, (0,), jnp.ones((1, 1)))
     assert x.min() <= float(shift[0, 0]) <= x.max()
 
 

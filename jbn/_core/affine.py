@@ -13,13 +13,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jbn._core.devices import Reduction
-from jbn._core.dtypes import X, wide, working
-from jbn._core.shift import used
-from jbn._core.statistics import inverse_deviation
+from jbn._core.dtypes import compute_dtype, reduction_dtype
+from jbn._core.statistics import inverse_std
+from jbn._core.types import X
+from jbn._core.weights import freeze_masked, is_valid, zero_masked_overflow
 
 
 @dataclasses.dataclass(frozen=True)
-class Normalization:
+class NormConfig:
     """What is static about a normalization."""
 
     reduction: Reduction
@@ -38,60 +39,48 @@ class Inputs(NamedTuple):
     residual: Array | None
 
 
-def normalize_by(
-    config: Normalization, inputs: Inputs, mean: Array, var: Array, rest: Array | None = None
+def normalize_with(
+    config: NormConfig, inputs: Inputs, mean: Array, var: Array, delta: Array | None = None
 ) -> Array:
-    """y by given statistics, of which the mean is mean + rest: one pass, differentiable in all arguments.
+    """y by given statistics, of which the mean is mean + delta: one pass, differentiable in all arguments.
 
     No jit of its own: a tool that traces with patches of its own, as exporters do, would leave them in it.
     """
     x, weights, scale, bias, residual = inputs
-    dtype = working(x.dtype, mean.dtype)
-    offset = settled(x, weights).astype(dtype) - mean.astype(dtype)
-    y = finite(affine(offset, rest, var.astype(wide(dtype)), scale, bias, config), weights)
-    y = y if weights is None else jnp.where(used(weights), y, lax.stop_gradient(y))
-    return finished(y, residual, config)
+    dtype = compute_dtype(x.dtype, mean.dtype)
+    offset = freeze_masked(x, weights).astype(dtype) - mean.astype(dtype)
+    y = affine(offset, delta, var.astype(reduction_dtype(dtype)), scale, bias, config)
+    y = zero_masked_overflow(y, weights)
+    y = y if weights is None else jnp.where(is_valid(weights), y, lax.stop_gradient(y))
+    return epilogue(y, residual, config)
 
 
 def affine(
     offset: Array,
-    rest: Array | None,
+    delta: Array | None,
     var: Float[Array, "..."],
     scale: Array | None,
     bias: Array | None,
-    config: Normalization,
+    config: NormConfig,
 ) -> Array:
-    """scale * (offset - rest) / sqrt(var + epsilon) + bias, with one factor and one constant per channel.
+    """scale * (offset - delta) / sqrt(var + epsilon) + bias, with one factor and one constant per channel.
 
     So there are few operations per entry: what is cheap, XLA computes again in the backward pass, inside of
     other kernels, instead of storing it.
     """
-    parts = [part for part in (offset, rest, var, scale, bias) if part is not None]
-    kind = working(*(part.dtype for part in parts))
-    factor = inverse_deviation(var, config.epsilon).astype(kind)
+    parts = [part for part in (offset, delta, var, scale, bias) if part is not None]
+    dtype = compute_dtype(*(part.dtype for part in parts))
+    factor = inverse_std(var, config.epsilon).astype(dtype)
     if scale is not None:
-        factor = factor * scale.astype(kind)
-    constant = None if bias is None else bias.astype(kind)
-    if rest is not None:
-        constant = -rest.astype(kind) * factor + (0 if constant is None else constant)
-    y = offset.astype(kind) * factor
+        factor = factor * scale.astype(dtype)
+    constant = None if bias is None else bias.astype(dtype)
+    if delta is not None:
+        constant = -delta.astype(dtype) * factor + (0 if constant is None else constant)
+    y = offset.astype(dtype) * factor
     return (y if constant is None else y + constant).astype(config.dtype)
 
 
-def finite(y: Array, weights: Array | None) -> Array:
-    """y, and 0 for entries that take no part where they would overflow."""
-    return y if weights is None else jnp.where(used(weights) | jnp.isfinite(y), y, jnp.zeros_like(y))
-
-
-def settled(x: X, weights: Array | None) -> X:
-    """x with entries that take no part as finite constants."""
-    if weights is None:
-        return x
-    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    return jnp.where(used(weights), x, lax.stop_gradient(finite))
-
-
-def finished(y: Array, residual: Array | None, config: Normalization) -> Array:
+def epilogue(y: Array, residual: Array | None, config: NormConfig) -> Array:
     """relu(y + residual), each as a step of its own: the values of the separate operations in every dtype."""
     if residual is not None:
         y = y + residual.astype(y.dtype)

@@ -1,30 +1,83 @@
-"""Static validation: what is wrong with a call is said while it is traced."""
+"""Arguments as the mathematics takes them: each is checked and brought into shape here, once."""
 
+import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
-from jbn._core.dtypes import Axes, Dtype, X, describe, output, sharded_like
-from jbn._core.errors import error
+from jbn._core.affine import Inputs, NormConfig
+from jbn._core.devices import Reduction
+from jbn._core.dtypes import as_numeric, output_dtype
+from jbn._core.errors import UnboundAxisError, describe, error
+from jbn._core.options import Options, check_options, prepare_axis_name
+from jbn._core.sharding import num_shards, sharded_like
+from jbn._core.types import Axes, AxisName, BatchStats, Dtype, Params, X
 
-_NUMBERS = (int, float, np.number, np.ndarray, jax.Array)
+Stats = TypeVar("Stats", bound=BatchStats | None)
+
 _RIGHT_SIZE = (
     "Make them for as many features as x has (jbn.init(features), num_features), or set axis to x's "
     "feature axis."
 )
-
-
 _NOT_THE_SHAPE = "jbn.init takes the number of channels, usually x.shape[-1], and not x.shape."
 
 
-def check_x(x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
+class Prepared(NamedTuple):
+    """What the mathematics works with: running statistics are as they came, but for variables of NNX."""
+
+    config: NormConfig
+    inputs: Inputs
+    batch_stats: Any
+    options: Options
+
+
+def prepare(
+    x: X,
+    axes: tuple[int, ...],
+    params: Params | None,
+    batch_stats: BatchStats | None,
+    options: Options,
+    *,
+    mask: Any,
+    residual: Any,
+    dtype: Dtype | None,
+    initializing: bool,
+    training: bool,
+    measures: bool,
+) -> Prepared:
+    """All arguments but x and the mode, which `prepare_x` and `prepare_flag` have prepared.
+
+    While a layer is `initializing` there are no other devices, and groups need not divide the batch.
+    An axis name has to be bound only where the batch is measured.
+    """
+    params, batch_stats = unwrapped(params), unwrapped(batch_stats)
+    weights = None if mask is None else prepare_mask(mask, x, axes)
+    scale, bias = _prepare_params(params, x, axes)
+    dtype = prepare_dtype(dtype, (x, scale, bias))
+    inputs = Inputs(x, weights, scale, bias, prepare_residual(residual, x, dtype))
+    check_options(options, x, axes, weights, dtype)
+    check_statistics(options, batch_stats, x, axes, training=training)
+    if initializing:
+        options = dataclasses.replace(
+            options, axis_name=None, axis_index_groups=None, virtual_batch_size=None
+        )
+    elif training:
+        check_groups(options, x, axes)
+    axis_name, groups = prepare_axis_name(options.axis_name, options.axis_index_groups)
+    reduction = Reduction(axes, axis_name, groups, axis_size(axis_name, groups) if measures else 1)
+    config = NormConfig(reduction, float(options.epsilon), dtype, options.activation)
+    return Prepared(config, inputs, batch_stats, options)
+
+
+def prepare_x(x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
     """x as an array of numbers, and the axes to reduce: all that are not feature axes."""
-    given, x = x, as_numbers(x)
+    given, x = x, as_numeric(x)
     if x is None or x.ndim == 0:
         raise error("x", describe(given), "an array of numbers with at least one axis", "Convert it first.")
     named = tuple(axis) if isinstance(axis, Sequence) else (axis,)
@@ -40,6 +93,20 @@ def check_x(x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
             "Name the feature axes: -1 for NHWC, 1 for NCHW.",
         )
     return x, tuple(a for a in range(x.ndim) if a not in features)
+
+
+def prepare_flag(flag: Any) -> bool | Array:
+    """use_running_average as a bool, or as a scalar array if it is traced."""
+    if isinstance(flag, (bool, np.bool_)):
+        return bool(flag)
+    if describe(flag) != "bool[]":
+        raise error(
+            "use_running_average",
+            describe(flag),
+            "True (evaluation) or False (training)",
+            "Pass a bool, or a bool array of shape ().",
+        )
+    return flag if isinstance(flag, jax.core.Tracer) else bool(flag)
 
 
 def check_entries(argument: str, given: Any, allowed: Sequence[str]) -> None:
@@ -61,7 +128,7 @@ def check_entries(argument: str, given: Any, allowed: Sequence[str]) -> None:
             "Is it swapped with the other? params come first, then batch_stats." if swapped else layer,
         )
     for name, value in given.items():
-        if isinstance(value, (list, tuple)) or as_numbers(value) is None:
+        if isinstance(value, (list, tuple)) or as_numeric(value) is None:
             boxed = hasattr(value, "unbox")
             raise error(
                 f"{argument}[{name!r}]",
@@ -77,7 +144,7 @@ def unwrapped(entries: Any) -> Any:
     """The entries with the arrays that variables of NNX hold, which JAX does not take apart by itself."""
     if not isinstance(entries, Mapping) or not any(_is_variable(value) for value in entries.values()):
         return entries
-    arrays = {name: as_numbers(value) for name, value in entries.items() if _is_variable(value)}
+    arrays = {name: as_numeric(value) for name, value in entries.items() if _is_variable(value)}
     return {name: value if arrays.get(name) is None else arrays[name] for name, value in entries.items()}
 
 
@@ -85,10 +152,21 @@ def _is_variable(value: Any) -> bool:
     return hasattr(value, "__jax_array__") and not isinstance(value, jax.Array)
 
 
+def _prepare_params(params: Params | None, x: X, axes: tuple[int, ...]) -> tuple[Array | None, Array | None]:
+    """Scale and bias with x's rank, None where there is none."""
+    params = {} if params is None else params
+    check_entries("params", params, ("scale", "bias"))
+    for name, value in params.items():
+        check_param(f"params[{name!r}]", value, x, axes)
+    full = {name: v if np.ndim(v) == x.ndim else jnp.expand_dims(v, axes) for name, v in params.items()}
+    scale, bias = (sharded_like(full[name], x) if name in full else None for name in ("scale", "bias"))
+    return scale, bias
+
+
 def check_param(argument: str, value: Array, x: X, axes: tuple[int, ...]) -> None:
     """A scale or bias: one value per channel, or of x's rank and broadcastable to x."""
     shape, features = np.shape(value), feature_shape(x, axes)
-    if shape != features and not (len(shape) == x.ndim and fits(shape, x.shape)):
+    if shape != features and not (len(shape) == x.ndim and broadcasts_to(shape, x.shape)):
         raise error(
             argument,
             describe(value),
@@ -105,6 +183,24 @@ def check_param_dtype(dtype: Dtype) -> None:
         good = False
     if not good:
         raise error("param_dtype", repr(dtype), "a floating or complex dtype", "Usually jnp.float32.")
+
+
+def check_statistics(
+    options: Options, batch_stats: BatchStats | None, x: X, axes: tuple[int, ...], training: bool
+) -> None:
+    """Running statistics that fit x, with what the options need."""
+    if batch_stats is None:
+        for name, use in (("renorm", "to correct towards"), ("blend", "to blend with")):
+            if getattr(options, name) is not None:
+                raise error(
+                    name,
+                    "given, and batch_stats is None",
+                    f"running statistics {use}",
+                    f"Pass the batch_stats of jbn.init, or leave {name} out.",
+                )
+        return
+    check_batch_stats(batch_stats, x, axes)
+    check_counters(batch_stats, options.momentum, debias=options.debias, training=training)
 
 
 def check_batch_stats(stats: Any, x: X, axes: tuple[int, ...]) -> None:
@@ -134,21 +230,28 @@ def check_batch_stats(stats: Any, x: X, axes: tuple[int, ...]) -> None:
         )
 
 
-def check_epsilon(epsilon: Any) -> None:
-    """What is added to the variance: static, so that 0 can be told from the rest."""
-    static = (
-        not isinstance(epsilon, jax.core.Tracer) and isinstance(epsilon, _NUMBERS) and np.ndim(epsilon) == 0
-    )
-    if not static or not 0.0 <= float(epsilon) < float("inf"):
-        raise error("epsilon", describe(epsilon), "a static number from 0 up", "The usual one is 1e-5.")
+def check_counters(
+    batch_stats: BatchStats, momentum: float | Array | None, *, debias: bool, training: bool
+) -> None:
+    """The entries that momentum=None and debias count with."""
+    needed = {"rows": training and momentum is None, "count": debias and momentum is not None}
+    for name, is_needed in needed.items():
+        if is_needed and name not in batch_stats:
+            reason = "momentum=None" if momentum is None else "debias=True"
+            raise error(
+                "batch_stats",
+                f"a mapping with {', '.join(batch_stats)}",
+                f"{name} for {reason}",
+                "Begin with it: layers make it in init, and jbn.init(features, count=True) does.",
+            )
 
 
-def check_dtype(dtype: Dtype | None, inputs: Sequence[Any]) -> np.dtype:
+def prepare_dtype(dtype: Dtype | None, inputs: Sequence[Any]) -> np.dtype:
     """The dtype of y: one that can hold what is computed from the inputs x, scale, bias."""
     is_complex = any(jnp.iscomplexobj(value) for value in inputs if value is not None)
     kind = "complex" if is_complex else "floating"
     try:
-        found = output(inputs[0], dtype)
+        found = output_dtype(inputs[0], dtype)
         good = jnp.issubdtype(found, jnp.complexfloating if is_complex else jnp.inexact)
     except TypeError:
         good = False
@@ -157,9 +260,9 @@ def check_dtype(dtype: Dtype | None, inputs: Sequence[Any]) -> np.dtype:
     return found
 
 
-def check_mask(mask: Any, x: X, axes: tuple[int, ...]) -> Array:
+def prepare_mask(mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     """The mask with x's rank; one of fewer axes belongs to the leading ones of `axes`, the reduced ones."""
-    given, mask = mask, as_numbers(mask)
+    given, mask = mask, as_numeric(mask)
     if mask is None or jnp.iscomplexobj(mask):
         raise error("mask", describe(given), "an array of bool or float", "Compare it: mask > 0.")
     if isinstance(given, np.ndarray) and np.any(given < 0):  # what a device holds is not asked for
@@ -169,7 +272,7 @@ def check_mask(mask: Any, x: X, axes: tuple[int, ...]) -> Array:
             "weights from 0 up",
             "0 marks what takes no part.",
         )
-    if mask.ndim == x.ndim and fits(mask.shape, x.shape):
+    if mask.ndim == x.ndim and broadcasts_to(mask.shape, x.shape):
         return sharded_like(mask, x)
     leading, reduced = axes[: mask.ndim], tuple(x.shape[a] for a in axes)
     if mask.ndim < x.ndim and mask.shape == reduced[: mask.ndim]:
@@ -182,25 +285,100 @@ def check_mask(mask: Any, x: X, axes: tuple[int, ...]) -> Array:
     )
 
 
-def check_values(x: X, axes: tuple[int, ...]) -> None:
-    """More than one value per channel, where that is known before anything runs."""
-    if all(x.shape[axis] == 1 for axis in axes):
+def prepare_residual(residual: Any, x: X, dtype: np.dtype) -> Array | None:
+    """What is added to y: an array that broadcasts to x."""
+    if residual is None:
+        return None
+    value = as_numeric(residual)
+    if (
+        value is None
+        or value.ndim != x.ndim
+        or not broadcasts_to(value.shape, x.shape)
+        or (jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating))
+    ):
         raise error(
-            "x",
-            f"{describe(x)}, one value per channel",
-            "a batch of at least two values per channel in training",
-            "A single value has no variance and would turn into bias: use a larger batch, "
-            "use_running_average=True, or axis_name to normalize over several devices.",
+            "residual",
+            f"{describe(residual)} for x = {describe(x)}",
+            "an array of as many axes, each 1 or x's size, and complex only if y is",
+            "It is added to y: project it to y's shape first.",
+        )
+    return sharded_like(value, x)
+
+
+def check_groups(options: Options, x: X, axes: tuple[int, ...]) -> None:
+    """Groups that divide the batch."""
+    size = options.virtual_batch_size
+    if size is None:
+        return
+    examples = x.shape[axes[0]] if axes else 0
+    if not axes or examples % size:
+        raise error(
+            "virtual_batch_size",
+            f"{size} for x = {describe(x)}",
+            f"a divisor of the {examples} examples",
+            "Drop the last batch of an epoch, or pad it to the full size and pass mask.",
+        )
+    groups, devices = examples // size, num_shards(x, axes[0])
+    if devices > 1 and groups > 1 and groups % devices:
+        raise error(
+            "virtual_batch_size",
+            f"{size}, {groups} groups on {devices} devices",
+            "groups that lie on one device each",
+            f"Use {examples // devices} or a divisor of it: the mesh axes of x are explicit.",
         )
 
 
-def as_numbers(value: Any) -> Array | None:
-    """The value as an array, or None if it is none of numbers."""
+def check_batch_size(options: Options, inputs: Inputs, axes: tuple[int, ...]) -> None:
+    """More than one value per channel, in the batch or in each group, as far as that is known while tracing.
+
+    Batch renormalization has a meaning for one value: x_hat is 0, and y = scale * d + bias.
+    """
+    x = inputs.x
+    if inputs.weights is not None or options.renorm is not None:
+        return
+    if options.virtual_batch_size is None and options.axis_name is None:
+        if all(x.shape[axis] == 1 for axis in axes):
+            raise error(
+                "x",
+                f"{describe(x)}, one value per channel",
+                "a batch of at least two values per channel in training",
+                "A single value has no variance and would turn into bias: use a larger batch, "
+                "use_running_average=True, or axis_name to normalize over several devices.",
+            )
+    elif options.virtual_batch_size == 1 and all(x.shape[axis] == 1 for axis in axes[1:]):
+        raise error(
+            "virtual_batch_size",
+            f"1 for x = {describe(x)}, one value per channel",
+            "groups of at least two values per channel in training",
+            "A single value has no variance and would turn into bias: use larger groups.",
+        )
+
+
+def axis_size(axis_name: AxisName | None, groups: tuple[tuple[int, ...], ...] | None) -> int:
+    """How many devices share a batch, where the axis is bound."""
+    if axis_name is None:
+        return 1
     try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError):
-        return None
-    return array if jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool else None
+        size = int(lax.psum(1, axis_name))
+    except NameError:
+        raise error(
+            "axis_name",
+            f"{axis_name!r}, which nothing around the call binds",
+            "a name bound by shard_map, pmap or vmap",
+            "Run the training step inside one of them with this axis name, or leave axis_name out: "
+            "under jit, sharded arrays are synchronised without it.",
+            UnboundAxisError,
+        ) from None
+    if groups is None:
+        return size
+    if sorted(index for group in groups for index in group) != list(range(size)):
+        raise error(
+            "axis_index_groups",
+            f"{groups!r} for the {size} devices of {axis_name!r}",
+            "each index in one group",
+            "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
+        )
+    return len(groups[0])
 
 
 def feature_shape(x: X, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -208,6 +386,6 @@ def feature_shape(x: X, axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
 
 
-def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether each axis is 1 or the target's: a broadcast that adds nothing to the target."""
     return all(size in (1, wanted) for size, wanted in zip(shape, target, strict=True))

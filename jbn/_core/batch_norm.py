@@ -1,16 +1,73 @@
-"""The pure function."""
+"""The functions that are the batch norm: `init` and `batch_norm`."""
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from jbn._core.dtypes import Axes, AxisIndexGroups, AxisName, Dtype, Flag, Params, X
-from jbn._core.errors import names_errors
-from jbn._core.forward import Stats, run
+from jbn._core.arguments import Stats, check_param_dtype, prepare_flag, prepare_x
+from jbn._core.errors import error, names_errors
+from jbn._core.forward import apply
 from jbn._core.moments import Moments
-from jbn._core.options import Options
+from jbn._core.options import Options, check_static
 from jbn._core.renorm import Renorm
-from jbn._core.scalars import check_static
+from jbn._core.types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, Params, X
+
+
+@names_errors
+def init(
+    features: int | Sequence[int],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    param_dtype: Dtype = jnp.float32,
+    count: bool = False,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Parameters and running statistics of a new batch norm: it starts as the identity.
+
+    They are the very collections that Flax keeps, so those of a Flax model go straight into `batch_norm`.
+
+    Args:
+      features: the number of channels, or a tuple with the sizes of several feature axes.
+      use_scale: whether there is a scale (gamma).
+      use_bias: whether there is a bias (beta).
+      param_dtype: of scale and bias. Statistics are float32: in bfloat16 a running mean of 100 would never
+        reach 101.
+      count: whether batch_stats also keeps `count`, i32[], the number of updates, and `rows`, f32[C], the
+        rows (or weights) seen.
+
+    Returns:
+      params with `scale` (ones) and `bias` (zeros), and batch_stats with `mean` (zeros) and `var` (ones),
+      all of shape [C].
+
+    Raises:
+      ValueError: features that are not sizes.
+
+    Example:
+      >>> import jbn
+      >>> params, batch_stats = jbn.init(2)
+      >>> print(params["scale"], batch_stats["mean"])
+      [1. 1.] [0. 0.]
+
+    Reference: Ioffe and Szegedy 2015, arXiv 1502.03167.
+    """
+    shape = tuple(features) if isinstance(features, Sequence) else (features,)
+    if not shape or not all(
+        type(n) is not bool and isinstance(n, (int, np.integer)) and n >= 0 for n in shape
+    ):
+        raise error("features", repr(features), "an int or a tuple of ints", "Usually x.shape[-1].")
+    check_param_dtype(param_dtype)
+    params = {}
+    if use_scale:
+        params["scale"] = jnp.ones(shape, param_dtype)
+    if use_bias:
+        params["bias"] = jnp.zeros(shape, param_dtype)
+    batch_stats = {"mean": jnp.zeros(shape, jnp.float32), "var": jnp.ones(shape, jnp.float32)}
+    if count:
+        batch_stats |= {"count": jnp.zeros((), jnp.int32), "rows": jnp.zeros(shape, jnp.float32)}
+    return params, batch_stats
 
 
 @overload
@@ -183,16 +240,18 @@ def batch_norm(
         activation=activation,
     )
     check_static("return_moments", return_moments)
-    y, new_stats, moments = run(
+    x, axes = prepare_x(x, axis)
+    y, new_stats, moments = apply(
+        x,
+        axes,
         params,
         batch_stats,
-        x,
-        use_running_average,
+        prepare_flag(use_running_average),
         options,
         mask=mask,
         residual=residual,
         dtype=dtype,
-        measuring=return_moments,
+        with_moments=return_moments,
     )
     if moments is None or not return_moments:
         return y, new_stats

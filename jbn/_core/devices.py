@@ -1,7 +1,6 @@
 """What statistics are taken over: axes of an array, and devices. The collectives are here, and only here."""
 
 import dataclasses
-import operator
 from collections.abc import Callable
 
 import jax
@@ -10,8 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jbn._core.dtypes import AxisIndexGroups, AxisName
-from jbn._core.errors import UnboundAxisError, error
+from jbn._core.errors import error
+from jbn._core.types import AxisName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,58 +67,3 @@ class Reduction:
                 "Split the axis in two, for example a mesh of shape (groups, devices per group), and pass "
                 "the name of the second as axis_name.",
             ) from None
-
-
-def check_axis_name(
-    axis_name: AxisName | None, groups: AxisIndexGroups | None
-) -> tuple[AxisName | None, tuple[tuple[int, ...], ...] | None]:
-    """axis_name and axis_index_groups, hashable; the groups are of equal size and divide a named axis."""
-    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    if any(isinstance(name, int) for name in (axis_name if isinstance(axis_name, tuple) else (axis_name,))):
-        raise error(
-            "axis_name",
-            repr(axis_name),
-            "the name that vmap, pmap or a mesh gave an axis",
-            "A number is an axis of x: that of the features is axis.",
-        )
-    if groups is None:
-        return axis_name, None
-    try:
-        fixed = tuple(tuple(operator.index(i) for i in group) for group in groups)
-    except TypeError:
-        fixed = ()
-    if axis_name is None or not any(fixed) or len({len(group) for group in fixed}) != 1:
-        raise error(
-            "axis_index_groups",
-            f"{groups!r} with axis_name={axis_name!r}",
-            "groups of equal size of the indices of a named axis",
-            "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
-        )
-    return axis_name, fixed
-
-
-def axis_size(axis_name: AxisName | None, groups: tuple[tuple[int, ...], ...] | None) -> int:
-    """How many devices share a batch, where the axis is bound."""
-    if axis_name is None:
-        return 1
-    try:
-        size = int(lax.psum(1, axis_name))
-    except NameError:
-        raise error(
-            "axis_name",
-            f"{axis_name!r}, which nothing around the call binds",
-            "a name bound by shard_map, pmap or vmap",
-            "Run the training step inside one of them with this axis name, or leave axis_name out: "
-            "under jit, sharded arrays are synchronised without it.",
-            UnboundAxisError,
-        ) from None
-    if groups is None:
-        return size
-    if sorted(index for group in groups for index in group) != list(range(size)):
-        raise error(
-            "axis_index_groups",
-            f"{groups!r} for the {size} devices of {axis_name!r}",
-            "each index in one group",
-            "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
-        )
-    return len(groups[0])

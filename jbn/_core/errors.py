@@ -8,7 +8,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,6 +34,13 @@ def error(
 ) -> ArgumentError:
     """The one builder of error texts."""
     return kind(f"{argument} is {got}. Expected {expected}. {fix}")
+
+
+def describe(value: Any) -> str:
+    """How error texts show an argument: `float32[8,3]` for an array, its repr for anything else."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return repr(value)
 
 
 @contextlib.contextmanager

@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Num
 
-from jbn._core.arguments import check_mask, check_x
-from jbn._core.devices import Reduction, axis_size, check_axis_name
-from jbn._core.dtypes import Axes, AxisIndexGroups, AxisName, X, describe
-from jbn._core.errors import error, names_errors
-from jbn._core.statistics import Measured, measure, merge_measured
+from jbn._core.arguments import axis_size, prepare_mask, prepare_x
+from jbn._core.devices import Reduction
+from jbn._core.errors import describe, error, names_errors
+from jbn._core.options import prepare_axis_name
+from jbn._core.statistics import ShiftedMoments, measure, merge_shifted
+from jbn._core.types import Axes, AxisIndexGroups, AxisName, X
 
 
 @jax.tree_util.register_dataclass
@@ -42,10 +44,10 @@ _compiled_measure = jax.jit(measure, static_argnums=2, inline=True)
 
 
 @functools.partial(jax.jit, static_argnums=1)  # of layers that are alike, one is traced
-def to_moments(measured: Measured, axes: tuple[int, ...]) -> Moments:
+def to_moments(measured: ShiftedMoments, axes: tuple[int, ...]) -> Moments:
     """The public form: one value per channel, and the mean in one piece."""
-    total, _, shift, rest, var = (lax.squeeze(part, axes) for part in measured)
-    return Moments(total, shift + rest, var)
+    weight, _, shift, delta, var = (lax.squeeze(part, axes) for part in measured)
+    return Moments(weight, shift + delta, var)
 
 
 @names_errors
@@ -88,10 +90,10 @@ def moments(
 
     Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983 (shifted data).
     """
-    x, axes = check_x(x, axis)
-    axis_name, groups = check_axis_name(axis_name, axis_index_groups)
+    x, axes = prepare_x(x, axis)
+    axis_name, groups = prepare_axis_name(axis_name, axis_index_groups)
     size = axis_size(axis_name, groups)
-    weights = None if mask is None else check_mask(mask, x, axes)
+    weights = None if mask is None else prepare_mask(mask, x, axes)
     run = _compiled_measure if axis_name is None else measure
     found: Moments = to_moments(run(x, weights, Reduction(axes, axis_name, groups, size)), axes)
     return found
@@ -132,6 +134,11 @@ def merge(*moments: Moments) -> Moments:
             "one or more jbn.Moments of one shape",
             "Merge the moments of one layer, as from jbn.moments(x).",
         )
+    return merge_all(moments)
+
+
+def merge_all(moments: Sequence[Moments]) -> Moments:
+    """`merge` of moments that fit together."""
     with jax.numpy_dtype_promotion("standard"):  # real and complex moments have a common dtype, always
         return merge_stacked(jax.tree.map(lambda *parts: jnp.stack(parts), *moments))
 
@@ -139,5 +146,6 @@ def merge(*moments: Moments) -> Moments:
 def merge_stacked(moments: Moments) -> Moments:
     """`merge` of moments along a first axis, which may be sharded."""
     count, mean, var = moments.count, moments.mean, moments.var
-    merged: Moments = to_moments(merge_measured(Measured(count, count, mean, jnp.zeros_like(mean), var)), ())
+    parts = ShiftedMoments(count, count, mean, jnp.zeros_like(mean), var)
+    merged: Moments = to_moments(merge_shifted(parts), ())
     return merged

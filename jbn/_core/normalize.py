@@ -1,31 +1,48 @@
-"""The normalization itself, and its one derivative rule.
+"""Normalization by the statistics of the batch, or of groups of it, and its one derivative rule.
 
 Everything here works on arrays of x's rank: statistics and parameters are 1 along the reduced axes.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
-from jbn._core.affine import Inputs, Normalization, affine, finished, finite, settled
-from jbn._core.dtypes import X, working
-from jbn._core.renorm import Reference, renormalized
-from jbn._core.shift import Use, centre, weighted, zeroed
-from jbn._core.statistics import Measured, dot, expectations, inverse_deviation, known_rows, measure
-from jbn._core.xla import plain_sums, spread
+from jbn._core import xla
+from jbn._core.affine import Inputs, NormConfig, affine, epilogue
+from jbn._core.devices import Reduction
+from jbn._core.dtypes import compute_dtype
+from jbn._core.renorm import RenormReference, renormalized
+from jbn._core.shift import center
+from jbn._core.statistics import (
+    ShiftedMoments,
+    global_means,
+    inverse_std,
+    measure,
+    merge_across_devices,
+    merge_shifted,
+    real_product,
+    static_count,
+)
+from jbn._core.types import X
+from jbn._core.weights import apply_weights, freeze_masked, zero_masked, zero_masked_overflow
 
 
-def normalize(
-    config: Normalization, inputs: Inputs, reference: Reference | None, guess: Array | None
-) -> tuple[Array, Measured]:
+class Prior(NamedTuple):
+    """What is known of the statistics before the batch is seen, of x's rank; None is nothing."""
+
+    reference: RenormReference | None
+    shift_hint: Array | None
+
+
+def normalize(config: NormConfig, inputs: Inputs, prior: Prior) -> tuple[Array, ShiftedMoments]:
     """y = scale * (x - mean) / sqrt(var + epsilon) + bias by the moments of the batch, and those moments.
 
     The mean is in two parts, and x - shift is taken first: rounding the mean to one float32 would cost half
-    an ulp of the mean in y, 5e-4 at N(1e4, 1). What is left, the rest, is of the size of the deviation, and
+    an ulp of the mean in y, 5e-4 at N(1e4, 1). What is left, delta, is of the size of the deviation, and
     goes into the constant that is added in the end.
 
     Entries that take no part come out normalized like the others, as constants: no gradient enters or
@@ -35,46 +52,63 @@ def normalize(
     and outside of jit it is one program and not a hundred. Not where an axis name is bound: JAX runs what it
     has staged there when the name no longer is.
     """
-    normalized: tuple[Array, Measured]
+    normalized: tuple[Array, ShiftedMoments]
     if config.reduction.axis_name is not None:
-        normalized = _normalize(config, inputs, reference, guess)
+        normalized = _normalize(config, inputs, prior)
     else:
-        # The first argument has the first gradient, and that decides which sums XLA for GPUs puts into one
-        # kernel where two layers share a gradient: by count 1 % of a ResNet-50's traffic, for either dtype.
-        values = inputs._asdict()
-        first = "x" if inputs.x.dtype.itemsize < 4 else "scale"
-        normalized = _compiled_normalize(config, {first: values.pop(first)}, values, reference, guess)
+        first, others = xla.in_order_of_gradients(inputs._asdict(), inputs.x)
+        normalized = _compiled_normalize(config, first, others, prior)
     return normalized
 
 
+def normalize_groups(
+    config: NormConfig, inputs: Inputs, prior: Prior, size: int
+) -> tuple[Array, ShiftedMoments]:
+    """`normalize` for each ghost batch, of `size` successive examples; the moments are those of all rows.
+
+    Examples [N] become [N / size, size], of which the second axis is reduced and the first is not. Groups do
+    not know of other devices; only the moments, which are for the running statistics, are pooled over them.
+    """
+    whole = config.reduction
+    batch, shape = whole.axes[0], inputs.x.shape
+    groups = shape[batch] // size or 1  # a batch of no examples is one group of none
+
+    def split(value: Array) -> Array:
+        is_shared = value.shape[batch] == 1 and shape[batch] != 1
+        examples = (1, 1) if is_shared else (groups, shape[batch] // groups)
+        return jnp.reshape(value, (*value.shape[:batch], *examples, *value.shape[batch + 1 :]))
+
+    within = dataclasses.replace(config, reduction=Reduction(tuple(axis + 1 for axis in whole.axes)))
+    inputs, shift_hint = jax.tree.map(split, (inputs, prior.shift_hint))
+    reference = prior.reference
+    if reference is not None:
+        reference = reference._replace(mean=split(reference.mean), var=split(reference.var))
+    y, measured = normalize(within, inputs, Prior(reference, shift_hint))
+    parts = ShiftedMoments(*(jnp.moveaxis(part, batch, 0) for part in measured))
+    pooled: ShiftedMoments = merge_shifted(parts)
+    return jnp.reshape(y, shape), pooled if whole.axis_name is None else merge_across_devices(pooled, whole)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(
-    config: Normalization, inputs: Inputs, reference: Reference | None, guess: Array | None
-) -> tuple[Array, Measured]:
-    measured = measure(inputs.x, inputs.weights, config.reduction, guess)
-    scale, bias = renormalized(config.epsilon, measured, reference, inputs.scale, inputs.bias)
+def _normalize(config: NormConfig, inputs: Inputs, prior: Prior) -> tuple[Array, ShiftedMoments]:
+    measured = measure(inputs.x, inputs.weights, config.reduction, prior.shift_hint)
+    scale, bias = renormalized(config.epsilon, measured, prior.reference, inputs.scale, inputs.bias)
     y = _normalized(config, inputs._replace(scale=scale, bias=bias), measured)
-    return finished(y, inputs.residual, config), measured
+    return epilogue(y, inputs.residual, config), measured
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled_normalize(
-    config: Normalization,
-    first: dict[str, Any],
-    others: dict[str, Any],
-    reference: Reference | None,
-    guess: Array | None,
-) -> tuple[Array, Measured]:
-    normalized: tuple[Array, Measured] = _normalize(config, Inputs(**first, **others), reference, guess)
+    config: NormConfig, first: dict[str, Any], others: dict[str, Any], prior: Prior
+) -> tuple[Array, ShiftedMoments]:
+    normalized: tuple[Array, ShiftedMoments] = _normalize(config, Inputs(**first, **others), prior)
     return normalized
 
 
 @_normalize.defjvp
 def _normalize_jvp(
-    config: Normalization,
-    primals: tuple[Inputs, Reference | None, Array | None],
-    tangents: tuple[Inputs, Reference | None, Array | None],
-) -> tuple[tuple[Array, Measured], tuple[Array, Measured]]:
+    config: NormConfig, primals: tuple[Inputs, Prior], tangents: tuple[Inputs, Prior]
+) -> tuple[tuple[Array, ShiftedMoments], tuple[Array, ShiftedMoments]]:
     """The one rule; forward mode, reverse mode and all orders come from it, collectives included.
 
         y_dot = a x_dot + (bias_dot - a E[x_dot]) + (x - mean) (r scale_dot - a r^2 E[(x - mean) x_dot])
@@ -91,86 +125,90 @@ def _normalize_jvp(
     - The moments have tangents too. Their first use is the second derivative: this rule, differentiated,
       asks how they move with x.
     """
-    (inputs, reference, guess), (tangent, *_) = primals, tangents
-    y, measured = _normalize(config, inputs, reference, guess)
-    affine_of = functools.partial(renormalized, config.epsilon, measured, reference)
-    (scale, bias), (tangent_scale, tangent_bias) = jax.jvp(
-        affine_of, (inputs.scale, inputs.bias), (tangent.scale, tangent.bias)
+    (inputs, prior), (tangent, _) = primals, tangents
+    y, measured = _normalize(config, inputs, prior)
+    # From here on scale and bias are those with the correction of renorm in them: scale r, bias + scale d.
+    corrected = functools.partial(renormalized, config.epsilon, measured, prior.reference)
+    (scale, bias), (scale_dot, bias_dot) = jax.jvp(
+        corrected, (inputs.scale, inputs.bias), (tangent.scale, tangent.bias)
     )
     inputs = inputs._replace(scale=scale, bias=bias, residual=None)
-    tangent = tangent._replace(scale=tangent_scale, bias=tangent_bias)
+    tangent = tangent._replace(scale=scale_dot, bias=bias_dot)
     checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
-    tangent_sums = checkpoint(functools.partial(_tangent_sums, config))
-    tangent_of = checkpoint(functools.partial(_tangent, config))
-    local = tangent_sums(inputs.x, inputs.weights, measured, tangent.x)
+    sums_of = checkpoint(functools.partial(_tangent_sums, config))
+    tangents_of = checkpoint(functools.partial(_tangents, config))
+    sums = sums_of(inputs.x, inputs.weights, measured, tangent.x)
     # What was known when x was measured is an array in `measured`; it is known here too.
-    rows = known_rows(inputs.x, inputs.weights, config.reduction.axes)
-    total = measured.total if rows is None else measured.total.dtype.type(rows * config.reduction.size)
-    means = expectations(local, total, config.reduction)
-    positive = None if tangent.residual is None or config.activation is None else y
-    y_dot, mean_dot, var_dot = tangent_of(inputs, measured, positive, means, tangent._replace(weights=None))
-    still = jax.tree.map(jnp.zeros_like, measured)
-    return (y, measured), (y_dot, still._replace(rest=mean_dot, var=var_dot))
+    rows = static_count(inputs.x, inputs.weights, config.reduction.axes)
+    weight = measured.weight if rows is None else measured.weight.dtype.type(rows * config.reduction.size)
+    means = global_means(sums, weight, config.reduction)
+    relu_of = None if tangent.residual is None or config.activation is None else y
+    y_dot, mean_dot, var_dot = tangents_of(inputs, measured, relu_of, means, tangent._replace(weights=None))
+    constant = jax.tree.map(jnp.zeros_like, measured)
+    return (y, measured), (y_dot, constant._replace(delta=mean_dot, var=var_dot))
 
 
-def _normalized(config: Normalization, inputs: Inputs, measured: Measured) -> Array:
+def _normalized(config: NormConfig, inputs: Inputs, measured: ShiftedMoments) -> Array:
     """y before residual and activation."""
     x, weights, scale, bias, _ = inputs
-    offset = settled(x, weights).astype(measured.shift.dtype) - measured.shift
+    offset = freeze_masked(x, weights).astype(measured.shift.dtype) - measured.shift
     if weights is not None:  # no variance, no scale: what a masked entry holds could become anything
-        offset = jnp.where(measured.values > 1, offset, jnp.zeros_like(offset))
-    return finite(affine(offset, measured.rest, measured.var, scale, bias, config), weights)
+        offset = jnp.where(measured.num_valid > 1, offset, jnp.zeros_like(offset))
+    return zero_masked_overflow(affine(offset, measured.delta, measured.var, scale, bias, config), weights)
 
 
 def _tangent_sums(
-    config: Normalization, x: X, weights: Array | None, measured: Measured, x_dot: Array
+    config: NormConfig, x: X, weights: Array | None, measured: ShiftedMoments, x_dot: Array
 ) -> Array:
-    """Of x_dot and of (x - mean) x_dot, on this device: the rest of the mean where it costs nothing."""
-    offset, x_dot = centre(x, measured.shift, weights), zeroed(x_dot.astype(measured.shift.dtype), weights)
-    values, products = weighted(x_dot, weights), weighted(dot(offset, x_dot), weights)
-    first, second = plain_sums(values, products, config.reduction.axes)
-    return jnp.stack([first, (second - dot(measured.rest, first)).astype(first.dtype)])
+    """sum(x_dot) and sum((x - mean) x_dot) over this device's rows, stacked.
+
+    The second is sum((x - shift) x_dot) - delta sum(x_dot): delta is taken out where it costs nothing.
+    """
+    offset = center(x, measured.shift, weights)
+    x_dot = zero_masked(x_dot.astype(measured.shift.dtype), weights)
+    values, products = apply_weights(x_dot, weights), apply_weights(real_product(offset, x_dot), weights)
+    first, second = xla.plain_sum_pair(values, products, config.reduction.axes)
+    return jnp.stack([first, (second - real_product(measured.delta, first)).astype(first.dtype)])
 
 
-def _tangent(
-    config: Normalization,
+def _tangents(
+    config: NormConfig,
     inputs: Inputs,
-    measured: Measured,
-    positive: Array | None,
+    measured: ShiftedMoments,
+    relu_of: Array | None,
     means: Array,
     tangent: Inputs,
 ) -> tuple[Array, Array, Array]:
-    """The tangents of y, mean and var; `positive` is y, where relu passes and that cannot be had from x.
+    """The tangents of y, mean and var, of E[x_dot] and E[(x - mean) x_dot]; `relu_of` is y with a residual.
 
     What the backward pass does with the cotangent of relu, it does twice: sums, and dx. As one expression XLA
-    would store it, so without a residual each has its own: `y > 0`, and not `y <= 0`. With a residual it is
-    stored in any case, being the residual's gradient; the barrier keeps XLA from computing y again from x and
-    residual, which are two reads instead of one.
+    would store it, so without a residual each has its own. With a residual it is stored in any case, being
+    the residual's gradient.
     """
     x, weights, scale, _, _ = inputs
     _, _, scale_dot, bias_dot, residual_dot = tangent
     shift = measured.shift
-    offset, x_dot = centre(x, shift, weights, Use.GRADIENT), zeroed(tangent.x.astype(shift.dtype), weights)
-    mean_dot, half_var_dot = means[0], means[1].real
-    r = inverse_deviation(measured.var, config.epsilon)
-    kind = working(*(part.dtype for part in (shift, scale, bias_dot) if part is not None))
-    a = r.astype(kind) if scale is None else scale.astype(kind) * r.astype(kind)
-    constant = -a * mean_dot.astype(kind)
+    offset = center(x, shift, weights, xla.Use.GRADIENT)
+    x_dot = zero_masked(tangent.x.astype(shift.dtype), weights)
+    mean_dot, half_var_dot = means[0], means[1].real  # var_dot = 2 E[(x - mean) x_dot]
+    r = inverse_std(measured.var, config.epsilon)  # r_dot = -r^3 var_dot / 2
+    dtype = compute_dtype(*(part.dtype for part in (shift, scale, bias_dot) if part is not None))
+    a = r.astype(dtype) if scale is None else scale.astype(dtype) * r.astype(dtype)  # a = scale r
+    constant = -a * mean_dot.astype(dtype)  # bias_dot - a mean_dot
     if bias_dot is not None:
-        constant = bias_dot.astype(kind) + constant
-    slope = -a * (r * r * half_var_dot).astype(kind)
+        constant = bias_dot.astype(dtype) + constant
+    slope = -a * (r * r * half_var_dot).astype(dtype)  # a_dot = scale_dot r + scale r_dot
     if scale_dot is not None:
-        slope = r.astype(kind) * scale_dot.astype(kind) + slope
-    constant = constant - measured.rest.astype(kind) * slope
-    own = a * x_dot.astype(kind)
-    shared = spread(x, constant, slope, offset.astype(kind), config.reduction.axes)
+        slope = r.astype(dtype) * scale_dot.astype(dtype) + slope
+    constant = constant - measured.delta.astype(dtype) * slope  # x - mean = offset - delta
+    own = a * x_dot.astype(dtype)
+    shared = xla.broadcast_affine(x, constant, slope, offset.astype(dtype), config.reduction.axes)
     if config.activation is not None and residual_dot is None:
         y = _normalized(config, inputs, measured)
-        own = jnp.where(y <= 0, jnp.zeros_like(own), own)
-        shared = jnp.where(y > 0, shared, jnp.zeros_like(shared))
-    y_dot = zeroed(own + shared, weights).astype(config.dtype)
+        own, shared = xla.both_where_positive(y, own, shared)
+    y_dot = zero_masked(own + shared, weights).astype(config.dtype)
     if residual_dot is not None:
         y_dot = y_dot + residual_dot.astype(config.dtype)
-    if positive is not None:
-        y_dot = jnp.where(lax.optimization_barrier(positive) > 0, y_dot, jnp.zeros_like(y_dot))
+    if relu_of is not None:
+        y_dot = jnp.where(xla.read_again(relu_of) > 0, y_dot, jnp.zeros_like(y_dot))
     return y_dot, mean_dot, 2 * half_var_dot

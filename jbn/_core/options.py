@@ -1,7 +1,8 @@
-"""Validation of the options of `batch_norm`, alone and of those that do not go together."""
+"""The options of a batch norm: their defaults, what each may be, and which do not go together."""
 
 import dataclasses
 import inspect
+import operator
 from typing import Any
 
 import jax
@@ -10,38 +11,44 @@ import numpy as np
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
-from jbn._core.arguments import as_numbers, check_batch_stats, check_epsilon, check_values, fits
-from jbn._core.dtypes import Axes, AxisIndexGroups, AxisName, BatchStats, X, across, describe, sharded_like
-from jbn._core.errors import error
-from jbn._core.renorm import Renorm, check_renorm
-from jbn._core.scalars import check_momentum, check_static, is_share
+from jbn._core.dtypes import as_numeric
+from jbn._core.errors import describe, error
+from jbn._core.renorm import Renorm
+from jbn._core.types import Axes, AxisIndexGroups, AxisName, X
+
+_NUMBERS = (int, float, np.number, np.ndarray, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What may be chosen about a batch norm, by the names of the arguments of `jbn.batch_norm`."""
 
-    axis: Axes
-    epsilon: float
+    axis: Axes = -1
+    epsilon: float = 1e-5
     # how statistics are measured
-    axis_name: AxisName | None
-    axis_index_groups: AxisIndexGroups | None
-    virtual_batch_size: int | None
-    renorm: Renorm | None
-    # how they are remembered
-    momentum: float | Array | None
-    unbiased: bool
-    debias: bool
-    skip_nonfinite: bool
+    axis_name: AxisName | None = None
+    axis_index_groups: AxisIndexGroups | None = None
+    virtual_batch_size: int | None = None
+    renorm: Renorm | None = None
+    # how the running statistics are updated
+    momentum: float | Array | None = 0.99
+    unbiased: bool = False
+    debias: bool = False
+    skip_nonfinite: bool = False
     # how they are used
-    blend: float | Array | None
+    blend: float | Array | None = None
     # what happens after
-    activation: str | None
+    activation: str | None = None
 
     @classmethod
     def of(cls, layer: Any) -> "Options":
         """Those of a layer, which has them as its attributes."""
         return cls(**{field.name: getattr(layer, field.name) for field in dataclasses.fields(cls)})
+
+    @property
+    def looks_at_batch(self) -> bool:
+        """Whether evaluation measures the batch: not for a share of 1 of the running statistics."""
+        return self.blend is not None and not (is_number(self.blend) and self.blend == 1)
 
 
 def counters(momentum: float | Array | None, debias: bool) -> tuple[str, ...]:
@@ -68,7 +75,7 @@ def check_options(
             "Usually 32 to 256.",
         )
     check_renorm(options.renorm, x)
-    if options.blend is not None and not is_share(options.blend):
+    if options.blend is not None and not is_unit_interval(options.blend):
         raise error(
             "blend",
             describe(options.blend),
@@ -86,82 +93,41 @@ def check_options(
         )
 
 
-def check_statistics(
-    options: Options, batch_stats: BatchStats | None, x: X, axes: tuple[int, ...], training: bool
-) -> None:
-    """Running statistics that fit x, with what the options need."""
-    if batch_stats is None:
-        for name, use in (("renorm", "to correct towards"), ("blend", "to blend with")):
-            if getattr(options, name) is not None:
-                raise error(
-                    name,
-                    "given, and batch_stats is None",
-                    f"running statistics {use}",
-                    f"Pass the batch_stats of jbn.init, or leave {name} out.",
-                )
-        return
-    check_batch_stats(batch_stats, x, axes)
-    check_counters(batch_stats, options.momentum, debias=options.debias, training=training)
-
-
-def check_groups(options: Options, x: X, axes: tuple[int, ...]) -> None:
-    """Groups that divide the batch."""
-    size = options.virtual_batch_size
-    if size is None:
-        return
-    examples = x.shape[axes[0]] if axes else 0
-    if not axes or examples % size:
+def check_momentum(momentum: Any) -> None:
+    """The share of the old statistics, static or a scalar array; None is cumulative."""
+    if momentum is not None and not is_unit_interval(momentum):
         raise error(
-            "virtual_batch_size",
-            f"{size} for x = {describe(x)}",
-            f"a divisor of the {examples} examples",
-            "Drop the last batch of an epoch, or pad it to the full size and pass mask.",
-        )
-    groups, devices = examples // size, across(x, axes[0])
-    if devices > 1 and groups > 1 and groups % devices:
-        raise error(
-            "virtual_batch_size",
-            f"{size}, {groups} groups on {devices} devices",
-            "groups that lie on one device each",
-            f"Use {examples // devices} or a divisor of it: the mesh axes of x are explicit.",
+            "momentum",
+            describe(momentum),
+            "a number from 0 to 1, a scalar array, or None (cumulative)",
+            "It weighs the old statistics: PyTorch's momentum=0.1 is 0.9 here.",
         )
 
 
-def check_several(options: Options, x: X, axes: tuple[int, ...], weights: Array | None) -> None:
-    """More than one value per channel, in the batch or in each group, as far as that is known while tracing.
-
-    Batch renormalization has a meaning for one value: x_hat is 0, and y = scale * d + bias.
-    """
-    if weights is not None or options.renorm is not None:
-        return
-    if options.virtual_batch_size is None and options.axis_name is None:
-        check_values(x, axes)
-    if options.virtual_batch_size == 1 and all(x.shape[axis] == 1 for axis in axes[1:]):
+def check_static_momentum(momentum: float | Array | None) -> None:
+    """A momentum for debiasing."""
+    if isinstance(momentum, (jax.Array, np.ndarray)):
         raise error(
-            "virtual_batch_size",
-            f"1 for x = {describe(x)}, one value per channel",
-            "groups of at least two values per channel in training",
-            "A single value has no variance and would turn into bias: use larger groups.",
+            "momentum",
+            f"{describe(momentum)}, to debias with",
+            "a number, or None",
+            "What is left of the initial statistics is known for a momentum that stays the same.",
         )
 
 
-def check_counters(
-    batch_stats: BatchStats, momentum: float | Array | None, *, debias: bool, training: bool
-) -> None:
-    """The entries that momentum=None and debias count with."""
-    needed = {"rows": training and momentum is None, "count": debias and momentum is not None}
-    for name, is_needed in needed.items():
-        if is_needed and name not in batch_stats:
-            reason = "momentum=None" if momentum is None else "debias=True"
-            raise error(
-                "batch_stats",
-                f"a mapping with {', '.join(batch_stats)}",
-                f"{name} for {reason}",
-                "Begin with it: layers make it in init, and jbn.init(features, count=True) does.",
-            )
+def _check_debias(momentum: float | Array | None, weights: Array | None, axes: tuple[int, ...]) -> None:
+    """One momentum, and updates of all channels alike: else their count does not say what is left."""
+    check_static_momentum(momentum)
+    if weights is not None and any(size != 1 for axis, size in enumerate(weights.shape) if axis not in axes):
+        raise error(
+            "mask",
+            f"{describe(weights)} with debias=True",
+            "one for all channels",
+            "count is one number for all of them: use momentum=None, which counts by channel.",
+        )
 
 
-def check_start(debias: bool, mean_init: Any, var_init: Any) -> None:
+def check_debias_init(debias: bool, mean_init: Any, var_init: Any) -> None:
     """With debias, the initial statistics 0 and 1: they are what is divided out."""
     # unwrapped, since nn.with_partitioning gives an initializer names of axes and the same values
     mean_init, var_init = (None if init is None else inspect.unwrap(init) for init in (mean_init, var_init))
@@ -174,44 +140,102 @@ def check_start(debias: bool, mean_init: Any, var_init: Any) -> None:
         )
 
 
-def _check_debias(momentum: float | Array | None, weights: Array | None, axes: tuple[int, ...]) -> None:
-    """One momentum, and updates of all channels alike: else their count does not say what is left."""
-    check_constant(momentum)
-    if weights is not None and any(size != 1 for axis, size in enumerate(weights.shape) if axis not in axes):
+def check_epsilon(epsilon: Any) -> None:
+    """What is added to the variance: static, so that 0 can be told from the rest."""
+    static = (
+        not isinstance(epsilon, jax.core.Tracer) and isinstance(epsilon, _NUMBERS) and np.ndim(epsilon) == 0
+    )
+    if not static or not 0.0 <= float(epsilon) < float("inf"):
+        raise error("epsilon", describe(epsilon), "a static number from 0 up", "The usual one is 1e-5.")
+
+
+def check_static(argument: str, flag: Any) -> None:
+    """A choice of what is written, which cannot be made while the compiled program runs."""
+    if not isinstance(flag, (bool, np.bool_)):
         raise error(
-            "mask",
-            f"{describe(weights)} with debias=True",
-            "one for all channels",
-            "count is one number for all of them: use momentum=None, which counts by channel.",
+            argument,
+            describe(flag),
+            "True or False",
+            f"Under jit make it static, jax.jit(..., static_argnames={argument!r}), or close over it.",
         )
 
 
-def check_constant(momentum: float | Array | None) -> None:
-    """A momentum for debiasing."""
-    if isinstance(momentum, (jax.Array, np.ndarray)):
-        raise error(
-            "momentum",
-            f"{describe(momentum)}, to debias with",
-            "a number, or None",
-            "What is left of the initial statistics is known for a momentum that stays the same.",
-        )
-
-
-def check_residual(residual: Any, x: X, dtype: np.dtype) -> Array | None:
-    """What is added to y: an array that broadcasts to x."""
-    if residual is None:
-        return None
-    value = as_numbers(residual)
-    if (
-        value is None
-        or value.ndim != x.ndim
-        or not fits(value.shape, x.shape)
-        or (jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating))
+def check_renorm(renorm: Any, x: X) -> None:
+    """Limits that are possible, and real x."""
+    if renorm is None:
+        return
+    limits = {"r_max": 1, "d_max": 0}
+    if not isinstance(renorm, Renorm) or not all(
+        _is_scalar_from(lowest, getattr(renorm, name)) for name, lowest in limits.items()
     ):
         raise error(
-            "residual",
-            f"{describe(residual)} for x = {describe(x)}",
-            "an array of as many axes, each 1 or x's size, and complex only if y is",
-            "It is added to y: project it to y's shape first.",
+            "renorm",
+            describe(renorm),
+            "jbn.Renorm(r_max, d_max) with scalars, r_max from 1 and d_max from 0 up",
+            "The paper ends at jbn.Renorm(3.0, 5.0).",
         )
-    return sharded_like(value, x)
+    if renorm.r_min is not None and not is_unit_interval(renorm.r_min):
+        raise error(
+            "renorm",
+            f"given with r_min = {describe(renorm.r_min)}",
+            "a scalar r_min from 0 to 1, or None",
+            "None is 1 / r_max, as in the paper.",
+        )
+    if jnp.iscomplexobj(x):
+        raise error(
+            "renorm",
+            f"given for x = {describe(x)}",
+            "real x",
+            "How to clip a complex d, no paper says.",
+        )
+
+
+def _is_scalar_from(lowest: int, value: Any) -> bool:
+    """Whether the value is a real scalar, and in the range as far as that is known while tracing."""
+    array = as_numeric(value)
+    if array is None or array.shape or jnp.iscomplexobj(array):
+        return False
+    # By NumPy: while jit traces, jnp.asarray(0.5) and a comparison of arrays are traced too.
+    return isinstance(value, jax.core.Tracer) or bool(np.asarray(value) >= lowest)
+
+
+def prepare_axis_name(
+    axis_name: AxisName | None, groups: AxisIndexGroups | None
+) -> tuple[AxisName | None, tuple[tuple[int, ...], ...] | None]:
+    """axis_name and axis_index_groups, hashable; the groups are of equal size and divide a named axis."""
+    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    if any(isinstance(name, int) for name in (axis_name if isinstance(axis_name, tuple) else (axis_name,))):
+        raise error(
+            "axis_name",
+            repr(axis_name),
+            "the name that vmap, pmap or a mesh gave an axis",
+            "A number is an axis of x: that of the features is axis.",
+        )
+    if groups is None:
+        return axis_name, None
+    try:
+        fixed = tuple(tuple(operator.index(i) for i in group) for group in groups)
+    except TypeError:
+        fixed = ()
+    if axis_name is None or not any(fixed) or len({len(group) for group in fixed}) != 1:
+        raise error(
+            "axis_index_groups",
+            f"{groups!r} with axis_name={axis_name!r}",
+            "groups of equal size of the indices of a named axis",
+            "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
+        )
+    return axis_name, fixed
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number of Python or NumPy, which bool is not here."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def is_unit_interval(value: Any) -> bool:
+    """Whether it is a number from 0 to 1, or a scalar array; of a traced one only the type is known."""
+    if isinstance(value, jax.core.Tracer):
+        return value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)
+    given = np.asarray(value)
+    real = any(jnp.issubdtype(given.dtype, kind) for kind in (np.integer, np.floating))
+    return given.shape == () and real and bool(0.0 <= given <= 1.0)

@@ -1,7 +1,7 @@
 """Batch renormalization: the batch's statistics, corrected towards the running ones."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jbn._core.arguments import as_numbers
-from jbn._core.dtypes import X, describe, working
-from jbn._core.errors import error
-from jbn._core.scalars import is_share
-from jbn._core.statistics import Measured, inverse_deviation
+from jbn._core.dtypes import compute_dtype
+from jbn._core.statistics import ShiftedMoments, inverse_std
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +49,7 @@ class Renorm:
     r_min: float | Float[Array, ""] | None = None
 
 
-class Reference(NamedTuple):
+class RenormReference(NamedTuple):
     """What renormalization corrects towards: running statistics of x's rank, and limits."""
 
     mean: Array
@@ -62,8 +59,19 @@ class Reference(NamedTuple):
     r_min: Array
 
 
+def renorm_reference(renorm: Renorm, mean: Array, var: Array) -> RenormReference:
+    """The limits as arrays, beside the running statistics."""
+    r_max, d_max, r_min = vars(renorm).values()
+    limits = (r_max, d_max, 1 / jnp.asarray(r_max) if r_min is None else r_min)
+    return RenormReference(mean, var, *map(jnp.asarray, limits))
+
+
 def renormalized(
-    epsilon: float, measured: Measured, reference: Reference | None, scale: Array | None, bias: Array | None
+    epsilon: float,
+    measured: ShiftedMoments,
+    reference: RenormReference | None,
+    scale: Array | None,
+    bias: Array | None,
 ) -> tuple[Array | None, Array | None]:
     """Scale and bias with the correction in them: scale * r, and bias + scale * d.
 
@@ -71,57 +79,19 @@ def renormalized(
     """
     if reference is None:
         return scale, bias
-    kind = measured.var.dtype
-    inverse = inverse_deviation(reference.var.astype(kind), epsilon)
-    r = jnp.sqrt(measured.var + np.asarray(epsilon, kind)) * inverse
-    d = ((measured.shift - reference.mean.astype(kind)) + measured.rest) * inverse
+    dtype = measured.var.dtype
+    inverse = inverse_std(reference.var.astype(dtype), epsilon)
+    # r = sigma_batch / sigma, d = (mean_batch - mean) / sigma
+    r = jnp.sqrt(measured.var + np.asarray(epsilon, dtype)) * inverse
+    d = ((measured.shift - reference.mean.astype(dtype)) + measured.delta) * inverse
     r_max, d_max, r_min = (
-        limit.astype(kind) for limit in (reference.r_max, reference.d_max, reference.r_min)
+        limit.astype(dtype) for limit in (reference.r_max, reference.d_max, reference.r_min)
     )
-    some = measured.values > 0
-    r = lax.stop_gradient(jnp.where(some, jnp.clip(r, r_min, r_max), jnp.ones_like(r)))
-    d = lax.stop_gradient(jnp.where(some, jnp.clip(d, -d_max, d_max), jnp.zeros_like(d)))
-    kind = working(*(part.dtype for part in (r, scale, bias) if part is not None))
-    r, d = r.astype(kind), d.astype(kind)
+    has_rows = measured.num_valid > 0
+    r = lax.stop_gradient(jnp.where(has_rows, jnp.clip(r, r_min, r_max), jnp.ones_like(r)))
+    d = lax.stop_gradient(jnp.where(has_rows, jnp.clip(d, -d_max, d_max), jnp.zeros_like(d)))
+    dtype = compute_dtype(*(part.dtype for part in (r, scale, bias) if part is not None))
+    r, d = r.astype(dtype), d.astype(dtype)
     if scale is not None:
-        r, d = scale.astype(kind) * r, scale.astype(kind) * d
-    return r, d if bias is None else bias.astype(kind) + d
-
-
-def check_renorm(renorm: Any, x: X) -> None:
-    """Limits that are possible, and real x."""
-    if renorm is None:
-        return
-    limits = {"r_max": 1, "d_max": 0}
-    if not isinstance(renorm, Renorm) or not all(
-        _is_scalar_from(lowest, getattr(renorm, name)) for name, lowest in limits.items()
-    ):
-        raise error(
-            "renorm",
-            describe(renorm),
-            "jbn.Renorm(r_max, d_max) with scalars, r_max from 1 and d_max from 0 up",
-            "The paper ends at jbn.Renorm(3.0, 5.0).",
-        )
-    if renorm.r_min is not None and not is_share(renorm.r_min):
-        raise error(
-            "renorm",
-            f"given with r_min = {describe(renorm.r_min)}",
-            "a scalar r_min from 0 to 1, or None",
-            "None is 1 / r_max, as in the paper.",
-        )
-    if jnp.iscomplexobj(x):
-        raise error(
-            "renorm",
-            f"given for x = {describe(x)}",
-            "real x",
-            "How to clip a complex d, no paper says.",
-        )
-
-
-def _is_scalar_from(lowest: int, value: Any) -> bool:
-    """Whether the value is a real scalar, and in the range as far as that is known while tracing."""
-    array = as_numbers(value)
-    if array is None or array.shape or jnp.iscomplexobj(array):
-        return False
-    # By NumPy: while jit traces, jnp.asarray(0.5) and a comparison of arrays are traced too.
-    return isinstance(value, jax.core.Tracer) or bool(np.asarray(value) >= lowest)
+        r, d = scale.astype(dtype) * r, scale.astype(dtype) * d
+    return r, d if bias is None else bias.astype(dtype) + d

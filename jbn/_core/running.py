@@ -1,8 +1,8 @@
-"""How running statistics remember: the update rule."""
+"""How running statistics are updated: moving and cumulative averages, and debiasing."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,15 +11,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jbn._core.arguments import check_batch_stats, unwrapped
-from jbn._core.dtypes import BatchStats, describe, sharded_like, wide, working
-from jbn._core.errors import error, names_errors
-from jbn._core.moments import Moments, merge
-from jbn._core.options import check_counters
-from jbn._core.scalars import check_momentum, check_static
+from jbn._core.arguments import check_batch_stats, check_counters, unwrapped
+from jbn._core.dtypes import compute_dtype, reduction_dtype
+from jbn._core.errors import describe, error, names_errors
+from jbn._core.moments import Moments, merge_all
+from jbn._core.options import check_momentum, check_static
+from jbn._core.sharding import sharded_like
+from jbn._core.types import BatchStats
 
-MANY = 2**30
-"""From so many updates on a count stands for updates without end: i32 has room for as many more."""
+SATURATED_COUNT = 2**30
+"""From so many updates on, a count says that there were many: i32 has room for as many more."""
 
 
 @names_errors
@@ -61,10 +62,12 @@ def update(
 
     Reference: Ioffe and Szegedy 2015, arXiv 1502.03167, section 3.1.
     """
-    return updated(batch_stats, moments, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite)
+    return checked_update(
+        batch_stats, moments, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite
+    )
 
 
-def updated(
+def checked_update(
     batch_stats: BatchStats,
     moments: Moments,
     *,
@@ -72,7 +75,7 @@ def updated(
     unbiased: bool,
     skip_nonfinite: bool,
 ) -> BatchStats:
-    """`update`, of which errors do not know yet which function the user called."""
+    """`update`, whose errors have no name yet: for tools that are called otherwise."""
     batch_stats = unwrapped(batch_stats)
     check_momentum(momentum)
     for name, choice in (("unbiased", unbiased), ("skip_nonfinite", skip_nonfinite)):
@@ -81,82 +84,105 @@ def updated(
         raise error("moments", describe(moments), "jbn.Moments", "Measure x: jbn.moments(x).")
     check_batch_stats(batch_stats, moments.mean, ())
     check_counters(batch_stats, momentum, debias=False, training=True)
-    return remember(
+    return update_running(
         batch_stats, moments, momentum, moments.count > 0, unbiased=unbiased, skip_nonfinite=skip_nonfinite
     )
 
 
-def remember(
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("keep", "add"), meta_fields=("is_static",))
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    """What the old and the new value weigh in a moving average.
+
+    If it is static, a weight of 0 is given as None: the compiler then has nothing to select.
+    """
+
+    keep: float | Array | None
+    add: float | Array | None
+    is_static: bool = False
+
+
+def update_running(
     batch_stats: BatchStats,
     moments: Moments,
     momentum: float | Array | None,
-    seen: Bool[Array, "*C"] | None,
+    update_mask: Bool[Array, "*C"] | None,
     *,
     unbiased: bool,
     skip_nonfinite: bool,
 ) -> BatchStats:
-    """`update` for the channels where `seen`; the others keep their statistics. None is all channels."""
-    # Both shares are rounded once: 1 - momentum taken in float32 would be off by 6e-6 of itself at 0.99.
-    shares: Any = None if momentum is None else (momentum, 1 - momentum)
-    known = isinstance(momentum, float | int)
-    if known:  # which one is 0; the values stay arguments: as constants, each would be compiled
-        least = jnp.finfo(wide(batch_stats["var"].dtype, moments.var.dtype)).tiny  # below, XLA flushes to 0
-        shares = tuple(share if share >= least else None for share in shares)
-    new_stats: BatchStats = _remember(batch_stats, moments, shares, seen, known, unbiased, skip_nonfinite)
+    """`update` for the channels of `update_mask`; the others keep their statistics. None is all channels."""
+    decay = None
+    if isinstance(momentum, float | int):
+        # Both are rounded once: 1 - momentum taken in float32 would be off by 6e-6 of itself at 0.99. They
+        # stay arguments of the compiled update: as constants, each would be compiled.
+        least = jnp.finfo(reduction_dtype(batch_stats["var"].dtype, moments.var.dtype)).tiny
+        keep, add = (part if part >= least else None for part in (momentum, 1 - momentum))  # XLA flushes to 0
+        decay = Decay(keep, add, is_static=True)
+    elif momentum is not None:
+        decay = Decay(momentum, 1 - momentum)
+    new_stats: BatchStats = _update_running(
+        batch_stats, moments, decay, update_mask, unbiased=unbiased, skip_nonfinite=skip_nonfinite
+    )
     return new_stats
 
 
-@functools.partial(jax.jit, static_argnames=("known", "unbiased", "skip_nonfinite"))
-def _remember(
+@functools.partial(jax.jit, static_argnames=("unbiased", "skip_nonfinite"))
+def _update_running(
     batch_stats: BatchStats,
     moments: Moments,
-    shares: tuple[Array | None, ...] | None,
-    seen: Bool[Array, "*C"] | None,
-    known: bool,
+    decay: Decay | None,
+    update_mask: Bool[Array, "*C"] | None,
+    *,
     unbiased: bool,
     skip_nonfinite: bool,
 ) -> BatchStats:
+    """The update as one compiled function; without a decay it is cumulative."""
     if skip_nonfinite:  # as they are kept: what is finite here, float16 may not hold
-        for name, value in (("mean", moments.mean), ("var", _stored(moments, unbiased))):
+        for name, value in (("mean", moments.mean), ("var", _stored_var(moments, unbiased))):
             finite = jnp.all(jnp.isfinite(value.astype(batch_stats[name].dtype)))
-            seen = jnp.broadcast_to(finite, value.shape) if seen is None else seen & finite
-    moments, seen = jax.tree.map(lambda part: sharded_like(part, batch_stats["mean"]), (moments, seen))
-    if shares is None:
+            update_mask = (
+                jnp.broadcast_to(finite, value.shape) if update_mask is None else update_mask & finite
+            )
+    moments, update_mask = jax.tree.map(
+        lambda part: sharded_like(part, batch_stats["mean"]), (moments, update_mask)
+    )
+    if decay is None:
         mean, var = _cumulative(batch_stats, moments, unbiased)
     else:
-        mean = moving_average(batch_stats["mean"], moments.mean, shares, known=known)
-        var = moving_average(batch_stats["var"], _stored(moments, unbiased), shares, known=known)
+        mean = moving_average(batch_stats["mean"], moments.mean, decay)
+        var = moving_average(batch_stats["var"], _stored_var(moments, unbiased), decay)
     new = {"mean": mean, "var": var}
     rows, updates = moments.count, jnp.ones((), bool)
-    if seen is not None:
-        new = {name: jnp.where(seen, v, batch_stats[name].astype(v.dtype)) for name, v in new.items()}
-        rows, updates = jnp.where(seen, rows, jnp.zeros_like(rows)), jnp.any(seen)
+    if update_mask is not None:
+        new = {name: jnp.where(update_mask, v, batch_stats[name].astype(v.dtype)) for name, v in new.items()}
+        rows, updates = jnp.where(update_mask, rows, jnp.zeros_like(rows)), jnp.any(update_mask)
     if "rows" in batch_stats:
-        kind = wide(batch_stats["rows"].dtype, rows.dtype)
-        new["rows"] = batch_stats["rows"].astype(kind) + rows.astype(kind)
+        dtype = reduction_dtype(batch_stats["rows"].dtype, rows.dtype)
+        new["rows"] = batch_stats["rows"].astype(dtype) + rows.astype(dtype)
     if "count" in batch_stats:
         new["count"] = batch_stats["count"] + updates.astype(batch_stats["count"].dtype)
     result: BatchStats = jax.tree_util.tree_map_with_path(
-        lambda path, old: _like(old, new[path[-1].key]), batch_stats
+        lambda path, old: cast_like(new[path[-1].key], old), batch_stats
     )
     return result
 
 
 def _cumulative(batch_stats: BatchStats, moments: Moments, unbiased: bool) -> tuple[Array, Array]:
     """Mean and variance of all rows seen so far; what was stored unbiased is pooled as what it was before."""
-    real = wide(batch_stats["mean"].dtype, moments.mean.dtype)
+    real = reduction_dtype(batch_stats["mean"].dtype, moments.mean.dtype)
     rows = batch_stats["rows"].astype(real)
     mean, var = (
-        batch_stats["mean"].astype(working(batch_stats["mean"].dtype, real)),
+        batch_stats["mean"].astype(compute_dtype(batch_stats["mean"].dtype, real)),
         batch_stats["var"].astype(real),
     )
     before = Moments(rows, mean, var / _bessel(rows) if unbiased else var)
     batch = Moments(moments.count.astype(real), moments.mean.astype(mean.dtype), moments.var.astype(real))
-    total = merge(before, batch)
-    return total.mean, _stored(total, unbiased)
+    pooled = merge_all((before, batch))
+    return pooled.mean, _stored_var(pooled, unbiased)
 
 
-def _stored(moments: Moments, unbiased: bool) -> Float[Array, "*C"]:
+def _stored_var(moments: Moments, unbiased: bool) -> Float[Array, "*C"]:
     """The variance as it is kept."""
     return moments.var * _bessel(moments.count) if unbiased else moments.var
 
@@ -178,47 +204,50 @@ def debiased(batch_stats: BatchStats, momentum: Any) -> BatchStats:
     mean, var = batch_stats["mean"], batch_stats["var"]
     if momentum is None or momentum == 1:
         return batch_stats
-    kind, count = wide(var.dtype), jnp.asarray(batch_stats["count"])
+    dtype, count = reduction_dtype(var.dtype), jnp.asarray(batch_stats["count"])
     count = jnp.expand_dims(count, range(count.ndim, var.ndim))  # one of each layer, if layers are stacked
-    log_share = jnp.maximum(count, 1).astype(kind) * np.asarray(
-        math.log(momentum) if momentum else -np.inf, kind
+    # share = momentum^count is what is left of the initial values, learned = 1 - share to all digits
+    log_share = jnp.maximum(count, 1).astype(dtype) * np.asarray(
+        math.log(momentum) if momentum else -np.inf, dtype
     )
-    updated = count > 0
-    share = jnp.where(updated, jnp.exp(log_share), jnp.zeros_like(log_share))
-    learned = jnp.where(updated, -jnp.expm1(log_share), jnp.ones_like(log_share))  # 1 - share, to all digits
-    mean = mean.astype(working(mean.dtype, kind))
+    has_updates = count > 0
+    share = jnp.where(has_updates, jnp.exp(log_share), jnp.zeros_like(log_share))
+    learned = jnp.where(has_updates, -jnp.expm1(log_share), jnp.ones_like(log_share))
+    mean = mean.astype(compute_dtype(mean.dtype, dtype))
     mean = mean / learned.astype(mean.dtype)
-    return {"mean": mean, "var": jnp.maximum((var.astype(kind) - share) / learned, 0)}
+    return {"mean": mean, "var": jnp.maximum((var.astype(dtype) - share) / learned, 0)}
 
 
-def without_end(count: Array) -> Array:
-    """A count of updates without end, after which nothing is left of initial statistics."""
-    return jnp.full_like(count, jnp.iinfo(count.dtype).max // 2 + 1)
+def store_debiased(batch_stats: BatchStats, momentum: float | None) -> dict[str, Array]:
+    """Statistics that evaluate without debiasing as these, which have a count, do with it."""
+    count = jnp.asarray(batch_stats["count"])
+    new = debiased(batch_stats, momentum)
+    values = {name: new[name].astype(batch_stats[name].dtype) for name in ("mean", "var")}
+    return {**batch_stats, **values, "count": jnp.where(count > 0, saturated(count), count)}
 
 
-def moving_average(
-    old: Array, new: Array, shares: Sequence[float | Array | None], *, known: bool = False
-) -> Array:
-    """keep * old + forget * new, for these shares, in float32 or wider; nothing of a value whose share is 0.
+def saturated(count: Array) -> Array:
+    """A count of so many updates that nothing is left of initial statistics."""
+    return jnp.full_like(count, min(SATURATED_COUNT, jnp.iinfo(count.dtype).max // 2 + 1))
 
-    Where it is known which one is 0, and given as None, the compiler has nothing to select.
-    """
-    dtype = working(old.dtype, new.dtype)
 
-    def part(share: float | Array | None, value: Array) -> Array:
-        if share is None:
+def moving_average(old: Array, new: Array, decay: Decay) -> Array:
+    """keep * old + add * new, in float32 or wider; nothing of a value whose weight is 0."""
+    dtype = compute_dtype(old.dtype, new.dtype)
+
+    def weighted(weight: float | Array | None, value: Array) -> Array:
+        if weight is None:
             return jnp.zeros_like(value)
-        share = jnp.asarray(share, dtype)
-        if known:
-            return share * value
-        # 0 times NaN or inf would be NaN. The derivative in a share of 0 is the value all the same.
-        return share * jnp.where((share == 0) & ~jnp.isfinite(value), jnp.zeros_like(value), value)
+        weight = jnp.asarray(weight, dtype)
+        if decay.is_static:
+            return weight * value
+        # 0 times NaN or inf would be NaN. The derivative in a weight of 0 is the value all the same.
+        return weight * jnp.where((weight == 0) & ~jnp.isfinite(value), jnp.zeros_like(value), value)
 
-    keep, forget = shares
-    return part(keep, old.astype(dtype)) + part(forget, new.astype(dtype))
+    return weighted(decay.keep, old.astype(dtype)) + weighted(decay.add, new.astype(dtype))
 
 
-def _like(old: Array, new: Array) -> Array:
+def cast_like(new: Array, old: Array) -> Array:
     """The new value with dtype and weak type of the old: a scan carry, and no second compilation."""
     new = new.astype(old.dtype)
     if getattr(old, "weak_type", False) and not new.weak_type:

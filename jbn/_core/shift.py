@@ -1,15 +1,17 @@
 """The shift: a constant near the data, which is subtracted from x before anything is summed."""
 
-import enum
 import math
-from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
-from jbn._core.dtypes import X, sharded_like, spec, wide
+from jbn._core.dtypes import reduction_dtype
+from jbn._core.sharding import partition_spec
+from jbn._core.types import X
+from jbn._core.weights import Count, apply_weights, divide_by_count, is_valid, zero_masked
+from jbn._core.xla import Use, difference
 
 # The rows whose mean is the shift, and how many are taken along the first axis and each other to begin with.
 # One row would do, but then (shift - mean)^2 is of the size of the variance, in the worst of many channels
@@ -17,41 +19,13 @@ from jbn._core.dtypes import X, sharded_like, spec, wide
 # that 1.3.
 _SHIFT_ROWS, _EXAMPLES, _ROWS_PER_AXIS = 32, 8, 2
 
-# What is known while tracing stays a number: the compiler would need time to find that an array is constant.
-Total: TypeAlias = Array | np.floating[Any]
 
-
-class Use(enum.Enum):
-    """What x - shift is for: as many axes of size 1 make each use another expression to XLA.
-
-    What one sum alone uses, XLA for CPUs computes inside of that sum. What something else uses too, it stores
-    first: a pass to write, and one to read for each.
-    """
-
-    ENTRIES = 0
-    MEAN = 1
-    VARIANCE = 2
-    GRADIENT = 3
-
-
-def used(weights: Array) -> Bool[Array, "..."]:
-    """Which entries take part."""
-    return weights if weights.dtype == bool else weights > 0
-
-
-def zeroed(value: Array, weights: Array | None) -> Array:
-    """0 for entries that take no part."""
-    return value if weights is None else jnp.where(used(weights), value, jnp.zeros_like(value))
-
-
-def centre(x: X, shift: Array, weights: Array | None, use: Use = Use.ENTRIES) -> Array:
+def center(x: X, shift: Array, weights: Array | None, use: Use = Use.ENTRIES) -> Array:
     """x - shift, and 0 for entries that take no part."""
-    front = tuple(range(use.value))
-    offset = jnp.expand_dims(x, front).astype(shift.dtype) - jnp.expand_dims(shift, front)
-    return zeroed(lax.squeeze(offset, front), weights)
+    return zero_masked(difference(x, shift, use), weights)
 
 
-def near(x: X, weights: Array | None, axes: tuple[int, ...], total: Total) -> Array:
+def pick_shift(x: X, weights: Array | None, axes: tuple[int, ...], count: Count) -> Array:
     """A constant near the data, per channel: the mean of some rows, or of all rows.
 
     n of N rows bound (shift - mean)^2 by N/n times the variance, so that however far out they lie, the
@@ -59,24 +33,26 @@ def near(x: X, weights: Array | None, axes: tuple[int, ...], total: Total) -> Ar
     or twice more, are taken where some cannot be: under a mask they may be padding, and a dimension that is
     sharded over an explicit mesh axis, or whose size is symbolic, cannot be cut.
     """
-    dtype = wide(x.dtype)
+    dtype = reduction_dtype(x.dtype)
     if not all(x.shape[axis] for axis in axes):
         return jnp.zeros([1 if axis in axes else size for axis, size in enumerate(x.shape)], dtype)
     if weights is None and _can_be_cut(x, axes):
-        return _exact_mean(_some_rows(x, axes).astype(dtype), axes)
-    taken, rows = None if weights is None else used(weights), x.astype(dtype)
-    low = jnp.min(rows, axes, keepdims=True, where=taken, initial=np.inf)
-    high = jnp.max(rows, axes, keepdims=True, where=taken, initial=-np.inf)
-    mean = per_row(jnp.sum(weighted(zeroed(rows, weights), weights), axes, keepdims=True), total)
+        return _exact_mean(subsample(x, axes).astype(dtype), axes)
+    valid, rows = None if weights is None else is_valid(weights), x.astype(dtype)
+    low = jnp.min(rows, axes, keepdims=True, where=valid, initial=np.inf)
+    high = jnp.max(rows, axes, keepdims=True, where=valid, initial=-np.inf)
+    sums = jnp.sum(apply_weights(zero_masked(rows, weights), weights), axes, keepdims=True)
+    mean = divide_by_count(sums, count)
     return jnp.where(low > high, jnp.zeros_like(mean), jnp.clip(mean, low, high))
 
 
 def _can_be_cut(x: X, axes: tuple[int, ...]) -> bool:
     """Whether rows can be taken from the front: not over explicit mesh axes, nor of unknown size."""
-    return bool(axes) and all(isinstance(x.shape[axis], int) and spec(x)[axis] is None for axis in axes)
+    spec = partition_spec(x)
+    return bool(axes) and all(isinstance(x.shape[axis], int) and spec[axis] is None for axis in axes)
 
 
-def _some_rows(x: X, axes: tuple[int, ...]) -> X:
+def subsample(x: X, axes: tuple[int, ...]) -> X:
     """`_SHIFT_ROWS` rows, or more where there are many axes, or as many as can be.
 
     Cut before any conversion of dtype, and spread over all of x: its first examples may be blank. Along each
@@ -113,25 +89,3 @@ def _exact_mean(rows: Array, axes: tuple[int, ...]) -> Array:
 def _power_of_two(size: int) -> int:
     """The largest one up to size."""
     return 1 << (size.bit_length() - 1)
-
-
-def weighted(values: Array, weights: Array | None) -> Array:
-    """Weight times value; values of entries that take no part are 0 already."""
-    if weights is not None and weights.dtype != bool:
-        values = values * zeroed(weights.astype(values.real.dtype), weights).astype(values.dtype)
-    return values
-
-
-def per_row(sums: Array, total: Total) -> Array:
-    """Sums over rows, or several such stacked, divided by the number or the total weight of the rows."""
-    if isinstance(total, np.floating):  # 0 or at least 1, being a number of rows
-        return jnp.divide(sums, max(total, total.dtype.type(1)).astype(sums.dtype))
-    divisor = or_one(total).astype(sums.dtype)
-    if divisor.ndim < sums.ndim:
-        return jnp.divide(sums, divisor[None])
-    return jnp.divide(sums, sharded_like(jnp.broadcast_to(divisor, sums.shape), sums))
-
-
-def or_one(total: Array) -> Array:
-    """The total as a divisor: sums over no rows are 0 and stay 0."""
-    return jnp.where(total > 0, total, jnp.ones_like(total))

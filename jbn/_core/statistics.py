@@ -1,13 +1,14 @@
 """Measuring a batch: on one device in one pass, merged exactly over many.
 
 The one hard thing about batch norm in float32 is that a mean of 1e4 leaves no digits for a variance of 1.
-So a mean is carried as two numbers, `shift + rest`: the shift lies near the data and is subtracted from x
-first, which is exact or nearly so, and the rest is small and keeps all its digits.
+So a mean is carried as two numbers, `shift + delta`: the shift lies near the data and is subtracted from x
+first, which is exact or nearly so, and delta is small and keeps all its digits.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,122 +18,141 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
 from jbn._core.devices import Reduction
-from jbn._core.dtypes import X, sharded_like, wide
-from jbn._core.shift import Total, Use, centre, near, or_one, per_row, used, zeroed
-from jbn._core.xla import two_sums
+from jbn._core.dtypes import reduction_dtype
+from jbn._core.sharding import sharded_like
+from jbn._core.shift import center, pick_shift
+from jbn._core.types import X
+from jbn._core.weights import Count, divide_by_count, is_valid, safe_count, zero_masked
+from jbn._core.xla import Use, sum_pair, with_hint_on_tpu
 
 # Up to so many devices one collective carries a table of every device's moments, which is then merged
 # exactly. Beyond, its bytes would grow with the devices, and two collectives of constant size take over.
 _TABLE_DEVICES = 8
 
-# Where the mean of the batches before, if it is near, is a better shift than rows of x. XLA for TPUs sums
-# inside of the convolution that makes x, which it cannot as long as the sums wait for rows of x. Elsewhere
-# rows cost nothing, and XLA for GPUs would always make the second pass.
-_GUESSES = "tpu"
 
-
-class Measured(NamedTuple):
+class ShiftedMoments(NamedTuple):
     """Moments as the core keeps them: of x's rank, 1 along the reduced axes, and the mean in two parts.
 
-    `total` is the sum of the weights, `values` the number of entries with a weight above 0, which decides
-    whether a batch has a variance at all. They differ for fractional weights only.
+    `weight` is the sum of the weights, `num_valid` the number of entries with a weight above 0, which
+    decides whether a batch has a variance at all. They differ for fractional weights only. The mean is
+    `shift + delta`, and `var` is biased.
     """
 
-    total: Float[Array, "..."]
-    values: Float[Array, "..."]
+    weight: Float[Array, "..."]
+    num_valid: Float[Array, "..."]
     shift: Num[Array, "..."]
-    rest: Num[Array, "..."]
+    delta: Num[Array, "..."]
     var: Float[Array, "..."]
 
 
-def measure(x: X, weights: Array | None, reduction: Reduction, guess: Array | None = None) -> Measured:
+class AboutShift(NamedTuple):
+    """What is measured about a shift: the last three of `ShiftedMoments`."""
+
+    shift: Array
+    delta: Array
+    var: Array
+
+
+def measure(
+    x: X, weights: Array | None, reduction: Reduction, shift_hint: Array | None = None
+) -> ShiftedMoments:
     """Moments of x over the axes and devices of `reduction`, in float32 or wider.
 
     - One pass about a shift near the data, never E[x^2] - E[x]^2 on raw x.
     - A constant channel has variance 0 exactly: the shift is then its value.
     - Weights are 0 or False for entries that take no part, whatever they hold.
     - Differentiable to any order: the shift is a constant, and drops out of every derivative.
-    - `guess` may tell where the mean lies, of x's rank; a bad one, and under vmap any, costs a pass on a TPU,
-      and no accuracy.
+    - `shift_hint`, of x's rank, may tell where the mean lies; a bad one, and under vmap any, costs a pass on
+      a TPU, and no accuracy.
     """
     if jnp.iscomplexobj(x):
-        return _measure_complex(x, weights, reduction, guess)
-    local = _measure_local(x, weights, reduction.axes, guess)
+        return _measure_complex(x, weights, reduction, shift_hint)
+    local = _measure_local(x, weights, reduction.axes, shift_hint)
     if reduction.axis_name is None:
         return local
-    return over_devices(local, reduction)
+    return merge_across_devices(local, reduction)
 
 
-def _measure_complex(x: X, weights: Array | None, reduction: Reduction, guess: Array | None) -> Measured:
+def _measure_complex(
+    x: X, weights: Array | None, reduction: Reduction, shift_hint: Array | None
+) -> ShiftedMoments:
     """Real and imaginary parts side by side along a new first axis: one reduction serves both."""
     weights = None if weights is None else weights[None]
-    guess = None if guess is None else _parts(guess)
+    shift_hint = None if shift_hint is None else _parts(shift_hint)
     moved = dataclasses.replace(reduction, axes=tuple(axis + 1 for axis in reduction.axes))
-    return _joined(measure(_parts(x), weights, moved, guess))
+    return _joined(measure(_parts(x), weights, moved, shift_hint))
 
 
 def _parts(value: Array) -> Array:
     return jnp.stack([jnp.real(value), jnp.imag(value)])
 
 
-def _joined(parts: Measured) -> Measured:
+def _joined(parts: ShiftedMoments) -> ShiftedMoments:
     """Real and imaginary parts along a first axis as complex moments."""
-    total, values, shift, rest, var = parts
-    return Measured(total[0], values[0], lax.complex(*shift), lax.complex(*rest), var[0] + var[1])
+    weight, num_valid, shift, delta, var = parts
+    return ShiftedMoments(weight[0], num_valid[0], lax.complex(*shift), lax.complex(*delta), var[0] + var[1])
 
 
-class Sums(NamedTuple):
-    """What is summed about a shift: the last three of `Measured`."""
+def _measure_local(
+    x: X, weights: Array | None, axes: tuple[int, ...], shift_hint: Array | None
+) -> ShiftedMoments:
+    """The moments of this device's rows."""
+    weight, num_valid = _counts(x, weights, axes)
+    about = functools.partial(_measure_about, x, weights, axes, weight)
 
-    shift: Array
-    rest: Array
-    var: Array
+    def about_rows() -> AboutShift:
+        return about(lax.stop_gradient(pick_shift(x, weights, axes, weight)))
 
-
-def _measure_local(x: X, weights: Array | None, axes: tuple[int, ...], guess: Array | None) -> Measured:
-    total, values = _counts(x, weights, axes)
-    about = functools.partial(_about, x, weights, axes, total)
-
-    def about_rows() -> Sums:
-        return about(lax.stop_gradient(near(x, weights, axes, total)))
-
-    def about_guess(guess: Array) -> Sums:
-        """About the guess where it lies within a deviation of the mean, in every channel; else about rows."""
-        guess = jnp.where(jnp.isfinite(guess), jnp.real(guess), 0).astype(wide(x.dtype))
-        shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
-        guess = lax.stop_gradient(sharded_like(jnp.broadcast_to(guess, shape), x))
-        sums = about(guess)
-        rows = sharded_like(jnp.broadcast_to(total, guess.shape), guess)
-        shift = jnp.where(rows > 0, guess, jnp.zeros_like(guess))
-        sums = sums._replace(shift=shift + jnp.zeros_like(sums.rest))  # as varying over devices as the rest
-        near_it = jnp.all(sums.rest * sums.rest <= sums.var)  # what has overflowed is not
-        return Sums(*lax.cond(near_it, lambda: sums, about_rows))
-
-    if guess is None:
-        sums = about_rows()
+    if shift_hint is None:
+        found = about_rows()
     else:
-        about_it = functools.partial(about_guess, guess)
-        sums = Sums(*lax.platform_dependent(**{_GUESSES: about_it}, default=about_rows))
-    total, values = (sharded_like(jnp.broadcast_to(n, sums.rest.shape), sums.rest) for n in (total, values))
-    return Measured(total, values, *sums)
+        about_hint = functools.partial(_about_hint, x, axes, weight, shift_hint, about, about_rows)
+        found = AboutShift(*with_hint_on_tpu(about_hint, about_rows))
+    weight, num_valid = (
+        sharded_like(jnp.broadcast_to(n, found.delta.shape), found.delta) for n in (weight, num_valid)
+    )
+    return ShiftedMoments(weight, num_valid, *found)
 
 
-def _about(x: X, weights: Array | None, axes: tuple[int, ...], total: Total, shift: Array) -> Sums:
-    offset = centre(x, shift, weights, Use.VARIANCE)
-    first, second = two_sums(x, centre(x, shift, weights, Use.MEAN), offset * offset, weights, axes)
-    rest = per_row(first, total)
-    return Sums(shift, rest, _not_negative(per_row(second, total) - rest * rest))
+def _measure_about(
+    x: X, weights: Array | None, axes: tuple[int, ...], weight: Count, shift: Array
+) -> AboutShift:
+    """delta = E[x - shift] and var = E[(x - shift)^2] - delta^2, in one pass over x."""
+    offset = center(x, shift, weights, Use.VARIANCE)
+    first, second = sum_pair(x, center(x, shift, weights, Use.MEAN), offset * offset, weights, axes)
+    delta = divide_by_count(first, weight)
+    return AboutShift(shift, delta, _not_negative(divide_by_count(second, weight) - delta * delta))
 
 
-def known_rows(x: X, weights: Array | None, axes: tuple[int, ...]) -> int | None:
+def _about_hint(
+    x: X,
+    axes: tuple[int, ...],
+    weight: Count,
+    shift_hint: Array,
+    about: Callable[[Array], AboutShift],
+    about_rows: Callable[[], AboutShift],
+) -> AboutShift:
+    """About the hint where it lies within a deviation of the mean, in every channel; else about rows."""
+    hint = jnp.where(jnp.isfinite(shift_hint), jnp.real(shift_hint), 0).astype(reduction_dtype(x.dtype))
+    shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+    hint = lax.stop_gradient(sharded_like(jnp.broadcast_to(hint, shape), x))
+    found = about(hint)
+    weight = sharded_like(jnp.broadcast_to(weight, hint.shape), hint)
+    shift = jnp.where(weight > 0, hint, jnp.zeros_like(hint))
+    found = found._replace(shift=shift + jnp.zeros_like(found.delta))  # as varying over devices as delta
+    is_near = jnp.all(found.delta * found.delta <= found.var)  # what has overflowed is not
+    return AboutShift(*lax.cond(is_near, lambda: found, about_rows))
+
+
+def static_count(x: X, weights: Array | None, axes: tuple[int, ...]) -> int | None:
     """How many rows are measured on this device; None where only the program will know."""
     rows = math.prod(x.shape[axis] for axis in axes)
     return rows if weights is None and isinstance(rows, int) else None
 
 
-def _counts(x: X, weights: Array | None, axes: tuple[int, ...]) -> tuple[Total, Total]:
+def _counts(x: X, weights: Array | None, axes: tuple[int, ...]) -> tuple[Count, Count]:
     """Sum of the weights and number of entries that take part."""
-    dtype, known = wide(x.dtype), known_rows(x, weights, axes)
+    dtype, known = reduction_dtype(x.dtype), static_count(x, weights, axes)
     if known is not None:
         return dtype.type(known), dtype.type(known)
     if weights is None:
@@ -140,83 +160,83 @@ def _counts(x: X, weights: Array | None, axes: tuple[int, ...]) -> tuple[Total, 
         return rows, rows
     # The mask may be 1 along an axis of x: each of its entries then stands for as many of x.
     repeats = math.prod(x.shape[axis] for axis in axes if weights.shape[axis] == 1)
-    values = repeats * jnp.sum(used(weights), axes, dtype=dtype, keepdims=True)
+    num_valid = repeats * jnp.sum(is_valid(weights), axes, dtype=dtype, keepdims=True)
     if weights.dtype == bool:
-        return values, values
-    return repeats * jnp.sum(zeroed(weights.astype(dtype), weights), axes, keepdims=True), values
+        return num_valid, num_valid
+    return repeats * jnp.sum(zero_masked(weights.astype(dtype), weights), axes, keepdims=True), num_valid
 
 
-def expectations(sums: Array, total: Total, reduction: Reduction) -> Array:
+def global_means(sums: Array, weight: Count, reduction: Reduction) -> Array:
     """The means that belong to stacked sums of this device, over rows and devices, in one collective.
 
-    `total` is over all devices, as that of `measure`, or a number; where it is 0 the mean is 0.
+    `weight` is over all devices, as that of `measure`, or a number; where it is 0 the mean is 0.
     """
-    return per_row(reduction.pmean(sums), total / reduction.size)
+    return divide_by_count(reduction.pmean(sums), weight / reduction.size)
 
 
-def over_devices(local: Measured, reduction: Reduction) -> Measured:
+def merge_across_devices(local: ShiftedMoments, reduction: Reduction) -> ShiftedMoments:
     """The moments of the rows of all devices, the same on each of them."""
-    if jnp.iscomplexobj(local.rest):
-        total, values, shift, rest, var = local
+    if jnp.iscomplexobj(local.delta):
+        weight, num_valid, shift, delta, var = local
         pairs = (
-            (total, total),
-            (values, values),
-            *((p.real, p.imag) for p in (shift, rest)),
+            (weight, weight),
+            (num_valid, num_valid),
+            *((part.real, part.imag) for part in (shift, delta)),
             (var, jnp.zeros_like(var)),
         )
-        return _joined(over_devices(Measured(*map(jnp.stack, pairs)), reduction))
+        return _joined(merge_across_devices(ShiftedMoments(*map(jnp.stack, pairs)), reduction))
     devices = reduction.size
     if devices > _TABLE_DEVICES or not reduction.has_index():
-        return _over_many_devices(local, reduction)
-    rows = jnp.stack(local)
+        return _merge_across_many(local, reduction)
+    own = jnp.stack(local)
     here = jnp.arange(devices, dtype=np.int32) == reduction.index()
-    table = jnp.where(jnp.expand_dims(here, range(1, rows.ndim + 1)), rows[None], jnp.zeros_like(rows)[None])
-    merged: Measured = merge_measured(Measured(*jnp.moveaxis(reduction.psum(table), 1, 0)))
+    table = jnp.where(jnp.expand_dims(here, range(1, own.ndim + 1)), own[None], jnp.zeros_like(own)[None])
+    merged: ShiftedMoments = merge_shifted(ShiftedMoments(*jnp.moveaxis(reduction.psum(table), 1, 0)))
     return merged
 
 
-def _over_many_devices(local: Measured, reduction: Reduction) -> Measured:
+def _merge_across_many(local: ShiftedMoments, reduction: Reduction) -> ShiftedMoments:
     """Two collectives of constant size: a shift common to all, then the sums about it.
 
     The common shift is the largest of the devices' means: like theirs, it leaves a constant channel exact.
     """
-    total, values, shift, rest, var = local
+    weight, num_valid, shift, delta, var = local
     lowest = jnp.full_like(shift, -jnp.inf)
-    common = reduction.pmax(lax.stop_gradient(jnp.where(total > 0, shift + rest, lowest)))
+    common = reduction.pmax(lax.stop_gradient(jnp.where(weight > 0, shift + delta, lowest)))
     common = jnp.where(jnp.isneginf(common), jnp.zeros_like(common), common)
-    offset = jnp.where(total > 0, (shift - common) + rest, jnp.zeros_like(rest))
-    sums = jnp.stack([total, values, total * offset, total * (var + offset * offset)])
-    total, values, first, second = reduction.psum(sums)
-    rest, square = first / or_one(total), second / or_one(total)
-    return Measured(total, values, common, rest, _not_negative(square - rest * rest))
+    offset = jnp.where(weight > 0, (shift - common) + delta, jnp.zeros_like(delta))
+    sums = jnp.stack([weight, num_valid, weight * offset, weight * (var + offset * offset)])
+    weight, num_valid, first, second = reduction.psum(sums)
+    delta, square = first / safe_count(weight), second / safe_count(weight)
+    return ShiftedMoments(weight, num_valid, common, delta, _not_negative(square - delta * delta))
 
 
 @functools.partial(jax.jit, inline=True)
-def merge_measured(parts: Measured) -> Measured:
+def merge_shifted(parts: ShiftedMoments) -> ShiftedMoments:
     """Moments along a first axis into one, as if all rows had come in one batch.
 
-    var = sum of share * (var_i + |mean_i - mean|^2): the spread of the means belongs to the variance.
+    var = sum of share_i * (var_i + |mean_i - mean|^2): the variance of the means belongs to the variance.
     """
-    total, values, shift, rest, var = parts
-    some, all_rows = total > 0, jnp.sum(total, 0)
-    common = lax.stop_gradient(_largest(shift, some))
-    offset = jnp.where(some, (shift - common[None]) + rest, jnp.zeros_like(rest))
-    share = total / or_one(all_rows)[None]
+    weight, num_valid, shift, delta, var = parts
+    has_rows, total = weight > 0, jnp.sum(weight, 0)
+    common = lax.stop_gradient(_largest(shift, has_rows))
+    offset = jnp.where(has_rows, (shift - common[None]) + delta, jnp.zeros_like(delta))
+    share = weight / safe_count(total)[None]
     mean = jnp.sum(share.astype(offset.dtype) * offset, 0)
-    apart = offset - mean[None]
-    spread = jnp.where(some, var, jnp.zeros_like(var)) + dot(apart, apart)
-    return Measured(all_rows, jnp.sum(values, 0), common, mean, jnp.sum(share * spread, 0))
+    from_mean = offset - mean[None]
+    square = jnp.where(has_rows, var, jnp.zeros_like(var)) + real_product(from_mean, from_mean)
+    return ShiftedMoments(total, jnp.sum(num_valid, 0), common, mean, jnp.sum(share * square, 0))
 
 
-def _largest(shift: Array, some: Bool[Array, "..."]) -> Array:
+def _largest(shift: Array, has_rows: Bool[Array, "..."]) -> Array:
     """The largest of the shifts along a first axis that have rows: near the data, exact if all are equal."""
     if jnp.iscomplexobj(shift):
-        return lax.complex(_largest(shift.real, some), _largest(shift.imag, some))
-    largest = jnp.max(jnp.where(some, shift, jnp.full_like(shift, -jnp.inf)), 0)
-    return jnp.where(jnp.any(some, 0), largest, jnp.zeros_like(largest))
+        return lax.complex(_largest(shift.real, has_rows), _largest(shift.imag, has_rows))
+    largest = jnp.max(jnp.where(has_rows, shift, jnp.full_like(shift, -jnp.inf)), 0)
+    return jnp.where(jnp.any(has_rows, 0), largest, jnp.zeros_like(largest))
 
 
-def inverse_deviation(var: Float[Array, "..."], epsilon: float) -> Float[Array, "..."]:
+def inverse_std(var: Float[Array, "..."], epsilon: float) -> Float[Array, "..."]:
     """1 / sqrt(var + epsilon), and 0 where both are 0: a constant channel then turns into bias, not NaN."""
     square = var + np.asarray(epsilon, var.dtype)
     if epsilon >= jnp.finfo(var.dtype).tiny:
@@ -227,7 +247,7 @@ def inverse_deviation(var: Float[Array, "..."], epsilon: float) -> Float[Array, 
     )
 
 
-def dot(x: Array, y: Array) -> Array:
+def real_product(x: Array, y: Array) -> Array:
     """The real part of conj(x) y: the product that variance is made of."""
     return lax.real(lax.conj(x) * y) if jnp.iscomplexobj(x) else x * y
 

@@ -13,14 +13,14 @@ from flax.linen import initializers
 from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array
 
-from jbn._core.arguments import check_x, feature_shape
-from jbn._core.dtypes import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
+from jbn._core.arguments import feature_shape, prepare_flag, prepare_x
+from jbn._core.dtypes import promote_stats
 from jbn._core.errors import error, named_errors
-from jbn._core.forward import run
+from jbn._core.forward import apply
 from jbn._core.moments import Moments, merge
-from jbn._core.options import Options, check_start, counters
+from jbn._core.options import Options, check_debias_init, check_static, counters
 from jbn._core.renorm import Renorm
-from jbn._core.scalars import check_flag, check_static
+from jbn._core.types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
 
 TRAINING_ALONE: ContextVar[bool] = ContextVar("training_alone", default=False)
 """Whether moments are left in training mode alone: recalibration takes no others."""
@@ -155,11 +155,11 @@ class BatchNorm(nn.Module):
         with named_errors(name):
             check_static("update_batch_stats", update_batch_stats)
             flag = True if self.frozen else self._mode(use_running_average)
-            x, axes = check_x(x, self.axis)
+            x, axes = prepare_x(x, self.axis)
             params = self._params(feature_shape(x, axes))
             running = self._running(x, feature_shape(x, axes))
-            starting = self.is_initializing()
-            writes = update_batch_stats and flag is not True and not starting
+            initializing = self.is_initializing()
+            writes = update_batch_stats and flag is not True and not initializing
             if writes and not self.is_mutable_collection("batch_stats"):
                 raise error(
                     "batch_stats",
@@ -170,23 +170,24 @@ class BatchNorm(nn.Module):
                 )
             with jax.numpy_dtype_promotion("standard"):  # Flax's rule, also where promotion is strict
                 dtype = canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-            y, batch_stats, moments = run(
-                params,
-                kept({name: variable.value for name, variable in running.items()}, x),
+            y, batch_stats, moments = apply(
                 x,
+                axes,
+                params,
+                promote_stats({entry: variable.value for entry, variable in running.items()}, x),
                 flag,
                 Options.of(self),
                 mask=mask,
                 residual=residual,
                 dtype=dtype,
-                starting=starting,
-                measuring=self._place_of_moments() is not None and not TRAINING_ALONE.get(),
+                initializing=initializing,
+                with_moments=self._place_of_moments() is not None and not TRAINING_ALONE.get(),
                 layer=name,
             )
         if writes:
             for entry, variable in running.items():
                 variable.value = batch_stats[entry]
-        place = None if moments is None or starting else self._place_of_moments()
+        place = None if moments is None or initializing else self._place_of_moments()
         if moments is not None and place is not None:
             if self.has_variable(place, "moments"):
                 moments = merge(self.get_variable(place, "moments"), moments)
@@ -217,7 +218,7 @@ class BatchNorm(nn.Module):
                 "it in the constructor or in the call, once",
                 "Pass use_running_average=False in training and True in evaluation.",
             )
-        return check_flag(given[0])
+        return prepare_flag(given[0])
 
     @nn.nowrap
     def _params(self, features: tuple[int, ...]) -> dict[str, Array]:
@@ -240,7 +241,7 @@ class BatchNorm(nn.Module):
                 "the collection that init returned, or that training updated",
                 "Pass it beside the parameters: apply({'params': params, 'batch_stats': batch_stats}, ...).",
             )
-        check_start(self.debias, self.mean_init, self.var_init)
+        check_debias_init(self.debias, self.mean_init, self.var_init)
         kind = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
         key = self.make_rng("params") if self.has_rng("params") else None
         initial: dict[str, tuple[Any, ...]] = {

@@ -16,10 +16,10 @@ from flax.core import meta
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
-from jbn._core.dtypes import Flag, X
 from jbn._core.errors import error, named_errors
+from jbn._core.layer_filter import Where, check_where, matches
 from jbn._core.moments import Moments
-from jbn._core.where import Where, check_where, matches
+from jbn._core.types import Flag, X
 from jbn.linen._layer import TRAINING_ALONE, BatchNorm
 
 

@@ -12,13 +12,14 @@ from flax.nnx.nn import dtypes
 from jax.nn.initializers import Initializer, ones, zeros
 from jaxtyping import Array
 
-from jbn._core.dtypes import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X, kept
+from jbn._core.arguments import prepare_flag, prepare_x
+from jbn._core.dtypes import promote_stats
 from jbn._core.errors import error, named_errors
-from jbn._core.forward import run
+from jbn._core.forward import apply
 from jbn._core.moments import merge
-from jbn._core.options import Options, check_start, counters
+from jbn._core.options import Options, check_debias_init, check_static, counters
 from jbn._core.renorm import Renorm
-from jbn._core.scalars import check_flag, check_static
+from jbn._core.types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
 from jbn.nnx._moments import BatchMoments
 from jbn.nnx._settings import setting
 
@@ -160,7 +161,7 @@ class BatchNorm(nnx.Module):
         self.activation = activation
         self.blend = setting(blend)
         with named_errors(f"jbn.nnx.BatchNorm of {num_features} features"):
-            check_start(debias, mean_init, var_init)
+            check_debias_init(debias, mean_init, var_init)
 
     def __call__(
         self,
@@ -197,16 +198,18 @@ class BatchNorm(nnx.Module):
             flag = True if self.frozen else self._mode(use_running_average)
             given = (("scale", self.scale), ("bias", self.bias))
             params = {entry: param[...] for entry, param in given if param is not None}
-            y, batch_stats, moments = run(
-                jax.lax.stop_gradient(params) if self.frozen else params,
-                kept({entry: variable[...] for entry, variable in self._running().items()}, x),
+            x, axes = prepare_x(x, self.axis)
+            y, batch_stats, moments = apply(
                 x,
+                axes,
+                jax.lax.stop_gradient(params) if self.frozen else params,
+                promote_stats({entry: variable[...] for entry, variable in self._running().items()}, x),
                 flag,
                 Options.of(self),
                 mask=mask,
                 residual=residual,
                 dtype=self._output_dtype(x, params),
-                measuring=self.batch_moments is not None
+                with_moments=self.batch_moments is not None
                 and not getattr(self.batch_moments, "training_alone", False),
                 layer=name,
             )
@@ -246,7 +249,7 @@ class BatchNorm(nnx.Module):
                 "Call model.train() or model.eval(), or pass use_running_average=False in training and "
                 "True in evaluation.",
             )
-        return check_flag(flag)
+        return prepare_flag(flag)
 
     def _output_dtype(self, x: X, params: Mapping[str, Array]) -> Dtype:
         """The dtype that Flax's rule gives y, or the one that the caller's `promote_dtype` gives."""

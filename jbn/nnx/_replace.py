@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jbn._core.errors import error, names_errors
+from jbn._core.layer_filter import Where, check_where, matches
 from jbn._core.moments import Moments
 from jbn._core.options import counters
-from jbn._core.where import Where, check_where, matches
 from jbn.nnx._layer import BatchNorm
 from jbn.nnx._moments import BatchMoments
 from jbn.nnx._settings import FLAX_SETTINGS, OWN_SETTINGS, setting

@@ -15,8 +15,7 @@ from flax.core import FrozenDict, freeze, meta, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from jbn._core.dtypes import describe
-from jbn._core.errors import error, named_errors
+from jbn._core.errors import describe, error, named_errors
 from jbn._core.moments import Moments
 from jbn.nnx import BatchMoments
 
@@ -38,7 +37,7 @@ class Layer(NamedTuple):
     batch_stats: dict[str, Array]
 
 
-def collections(variables: Variables) -> dict[str, Any]:
+def as_dicts(variables: Variables) -> dict[str, Any]:
     """The collections of a model as nested dicts: new dicts, the same arrays, out of their boxes if any."""
     if isinstance(variables, nnx.Module):
         states = {name: nnx.state(variables, kind) for name, kind in _NNX_COLLECTIONS.items()}
@@ -55,10 +54,10 @@ def collections(variables: Variables) -> dict[str, Any]:
     }
 
 
-def rebuilt(variables: Variables, **changed: Any) -> Any:
+def replace_collections(variables: Variables, **changed: Any) -> Any:
     """A model like `variables` with other values in some collections; the given one stays as it is."""
     if not isinstance(variables, nnx.Module):
-        new = {**variables} | {name: refilled(variables[name], tree) for name, tree in changed.items()}
+        new = {**variables} | {name: unflatten_like(variables[name], tree) for name, tree in changed.items()}
         return freeze(new) if isinstance(variables, FrozenDict) else new
     model = nnx.clone(variables)
     for name, tree in changed.items():
@@ -70,24 +69,24 @@ def rebuilt(variables: Variables, **changed: Any) -> Any:
 
 def with_values(variables: Any, **new: Mapping[Path, Mapping[str, Array]]) -> Any:
     """A model with other values at some paths of its collections."""
-    trees, changed = collections(variables), {}
+    trees, changed = as_dicts(variables), {}
     for name, layers in new.items():
         values = {(*path, entry): value for path, layer in layers.items() for entry, value in layer.items()}
         if values:
             changed[name] = unflatten_dict(flatten_dict(trees[name], keep_empty_nodes=True) | values)
-    return rebuilt(variables, **changed)
+    return replace_collections(variables, **changed)
 
 
 def without_batch_moments(variables: Any) -> Any:
     """A model with no moments in it; an NNX module keeps the variables for them, with no rows."""
     if isinstance(variables, nnx.Module):
-        old = collections(variables)["batch_moments"]
-        return rebuilt(variables, batch_moments=jax.tree.map(jnp.zeros_like, old))
+        old = as_dicts(variables)["batch_moments"]
+        return replace_collections(variables, batch_moments=jax.tree.map(jnp.zeros_like, old))
     rest = {name: tree for name, tree in variables.items() if name != "batch_moments"}
     return freeze(rest) if isinstance(variables, FrozenDict) else rest
 
 
-def refilled(tree: Any, values: Any) -> Any:
+def unflatten_like(tree: Any, values: Any) -> Any:
     """The values of a nested dict in a tree of the same names: frozen and boxed where that is."""
     places, structure = jax.tree.flatten(tree, is_leaf=meta.is_axis_metadata)
     return jax.tree.unflatten(structure, map(meta.replace_boxed, places, jax.tree.leaves(values)))
@@ -95,7 +94,7 @@ def refilled(tree: Any, values: Any) -> Any:
 
 def batch_norms(variables: Variables) -> dict[Path, Layer]:
     """Every batch norm of a model by its path, in the order of the tree."""
-    trees = collections(variables)
+    trees = as_dicts(variables)
     for name in ("batch_stats", "params"):
         if not isinstance(trees.get(name, {}), dict):
             raise error(f"variables[{name!r}]", describe(trees[name]), "a nested dict of arrays", _ALL)
@@ -125,7 +124,7 @@ def with_statistics(stats: Mapping[Path, Any]) -> list[Path]:
 
 def batch_moments(variables: Variables, layers: Iterable[Path]) -> dict[Path, Any]:
     """What each batch norm left in `batch_moments`, by the layer's path."""
-    return dict(_by_layer(collections(variables).get("batch_moments", {}), layers))
+    return dict(_by_layer(as_dicts(variables).get("batch_moments", {}), layers))
 
 
 def moments_in(tree: Any, layers: Iterable[Path]) -> dict[Path, Moments]:
@@ -157,7 +156,7 @@ def moments_of(given: Any, layers: Iterable[Path]) -> dict[Path, Moments]:
     named = {name: _as_moments(value) for name, value in by_name(found).items()}
     wrong = [name for name, value in named.items() if not isinstance(value, Moments)]
     if wrong or not named:
-        got = f"a mapping {f'without jbn.Moments at {some(wrong)}' if wrong else 'with nothing'}"
+        got = f"a mapping {f'without jbn.Moments at {join_paths(wrong)}' if wrong else 'with nothing'}"
         raise error(
             "moments",
             got if isinstance(given, Mapping) else f"a {type(given).__name__} without batch_moments",
@@ -167,7 +166,10 @@ def moments_of(given: Any, layers: Iterable[Path]) -> dict[Path, Moments]:
         )
     paths = {path_name(path): path for path in layers}
     if unknown := [name for name in named if name not in paths]:
-        got, expected = f"one with {some(unknown)}", f"paths of batch norms: {some(sorted(paths))}"
+        got, expected = (
+            f"one with {join_paths(unknown)}",
+            f"paths of batch norms: {join_paths(sorted(paths))}",
+        )
         raise error("moments", got, expected, "Take moments and variables from the same model.")
     return {paths[name]: value for name, value in named.items()}
 
@@ -187,12 +189,12 @@ def errors_at(path: Path) -> AbstractContextManager[None]:
     return named_errors(layer=repr(path_name(path)) if path else "")
 
 
-def shown(path: Path) -> str:
+def show_path(path: Path) -> str:
     """A path for people, also that of the model itself."""
-    return some([path_name(path)])
+    return join_paths([path_name(path)])
 
 
-def some(paths: Sequence[str], most: int = 4) -> str:
+def join_paths(paths: Sequence[str], most: int = 4) -> str:
     """The first few paths, for people."""
     named = [path or "the model itself" for path in paths[:most]]
     return ", ".join([*named, f"and {len(paths) - most} more"] if len(paths) > most else named)

@@ -6,7 +6,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jbn._core.errors import names_errors
-from jbn.tools._models import Variables, batch_norms, collections, refilled
+from jbn.tools._models import Variables, as_dicts, batch_norms, unflatten_like
 
 
 @names_errors
@@ -66,8 +66,8 @@ def freeze(variables: Variables) -> Any:
 def _placed(variables: Variables, inside: Any, outside: Any) -> Any:
     """The parameters' tree with one value in the place of those of batch norms, and another elsewhere."""
     norms = {(*path, name) for path, layer in batch_norms(variables).items() for name in layer.params}
-    tree = collections(variables).get("params", {})
+    tree = as_dicts(variables).get("params", {})
     values = unflatten_dict({path: inside if path in norms else outside for path in flatten_dict(tree)})
     if isinstance(variables, nnx.Module):
         return nnx.State(values)
-    return refilled(variables.get("params", {}), values)
+    return unflatten_like(variables.get("params", {}), values)

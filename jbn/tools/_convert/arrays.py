@@ -14,9 +14,10 @@ from flax.core import meta
 from jax import lax
 from jaxtyping import Array
 
-from jbn._core.dtypes import BatchStats, Params, describe, wide
-from jbn._core.errors import error
-from jbn._core.scalars import is_number
+from jbn._core.dtypes import reduction_dtype
+from jbn._core.errors import describe, error
+from jbn._core.options import is_number
+from jbn._core.types import BatchStats, Params
 from jbn.tools._convert.libraries import Library, brief, check_names, check_together
 
 
@@ -108,4 +109,4 @@ def weight_of_updates(argument: str, momentum: Any, count: Array, value: Array) 
     if not is_number(momentum) or not 0 <= momentum < 1:
         fix = "Pass that of the layer."
         raise error(argument, describe(momentum), "a number from 0 up and below 1", fix)
-    return 1 - lax.pow(jnp.asarray(momentum, wide(value.dtype)), count)
+    return 1 - lax.pow(jnp.asarray(momentum, reduction_dtype(value.dtype)), count)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jbn._core.dtypes import BatchStats, Params
 from jbn._core.errors import error, names_errors
+from jbn._core.types import BatchStats, Params
 from jbn.tools._convert.arrays import label_of, read, to_jax, to_numpy, weight_of_updates, write
 from jbn.tools._convert.libraries import HAIKU, check_names
 

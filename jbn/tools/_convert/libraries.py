@@ -7,8 +7,7 @@ description and know no library by name, but for what only one of them does.
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from jbn._core.dtypes import describe
-from jbn._core.errors import error
+from jbn._core.errors import describe, error
 
 
 class Library(NamedTuple):

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jbn._core.dtypes import describe
-from jbn._core.errors import error, names_errors
+from jbn._core.errors import describe, error, names_errors
+from jbn._core.options import is_number
 from jbn._core.renorm import Renorm
-from jbn._core.scalars import is_number
 from jbn.tools._convert.libraries import LIBRARIES, Library, check_names, check_together
 
 _OUR_SETTINGS = {"axis": -1, "momentum": 0.99, "epsilon": 1e-5, "use_scale": True, "use_bias": True}

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from jbn._core.dtypes import BatchStats, Params
 from jbn._core.errors import names_errors
+from jbn._core.types import BatchStats, Params
 from jbn.tools._convert.arrays import read, write
 from jbn.tools._convert.libraries import TORCH
 

@@ -10,12 +10,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jbn._core.dtypes import describe
-from jbn._core.errors import error, named_errors, names_errors
+from jbn._core.errors import describe, error, named_errors, names_errors
 from jbn.tools._convert.arrays import read, to_jax, to_numpy
 from jbn.tools._convert.libraries import TORCH, brief
 from jbn.tools._convert.torch import torch_arrays
-from jbn.tools._models import Path, Variables, collections, path_name, some
+from jbn.tools._models import Path, Variables, as_dicts, join_paths, path_name
 
 ModuleMapping: TypeAlias = Mapping[str, str | Path]
 """PyTorch module ("layer1.0.bn1") to Flax module ("BasicBlock_0/BatchNorm_0", or a tuple)."""
@@ -146,7 +145,7 @@ def torch_state_dict(
     _check_prefix(prefix)
     modules: dict[Path, dict[str, dict[str, Any]]] = {}
     left = []
-    for collection, tree in collections(variables).items():
+    for collection, tree in as_dicts(variables).items():
         for full, value in flatten_dict(tree).items():
             path: Path = tuple(map(str, full[:-1]))
             if path in paths.values() and collection in ("params", "batch_stats"):
@@ -233,8 +232,8 @@ def _common_prefix(keys: Collection[str], paths: Collection[str]) -> str:
 
 def _check_covered(argument: str, left: list[str], empty: list[str], fix: str) -> None:
     """Nothing is dropped, and nothing is mapped in vain."""
-    found = [f"the unmapped {some(left)}"] if left else []
+    found = [f"the unmapped {join_paths(left)}"] if left else []
     names = [repr(name or "the model itself") for name in empty]
-    found += [f"nothing of the mapped {some(names)}"] if names else []
+    found += [f"nothing of the mapped {join_paths(names)}"] if names else []
     if found:
         raise error(argument, f"one with {' and '.join(found)}", "exactly what mapping names", fix)

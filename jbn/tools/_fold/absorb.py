@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array
 
-from jbn._core.dtypes import Axes, Dtype, wide
+from jbn._core.dtypes import reduction_dtype
 from jbn._core.errors import named_errors
-from jbn._core.statistics import inverse_deviation
+from jbn._core.running import store_debiased
+from jbn._core.statistics import inverse_std
+from jbn._core.types import Axes, Dtype
 from jbn.tools._fold.arrays import check_fold, folded, stored, times
-from jbn.tools._models import Layer, Path, Variables, batch_norms, collections, shown, with_values
-from jbn.tools._statistics.debias import debiased_start
+from jbn.tools._models import Layer, Path, Variables, as_dicts, batch_norms, show_path, with_values
 
 Model = TypeVar("Model", bound=Variables)
 
@@ -33,7 +34,7 @@ class Pair(NamedTuple):
     @property
     def name(self) -> str:
         """The pair for people."""
-        return f"{shown(self.layer)} -> {shown(self.norm)}"
+        return f"{show_path(self.layer)} -> {show_path(self.norm)}"
 
 
 def folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
@@ -44,7 +45,7 @@ def folded_model(variables: Model, pairs: Sequence[Pair]) -> Model:
         with named_errors(layer=repr(pair.name)):
             norm = norms[pair.norm]
             if pair.momentum is not None:
-                norm = norm._replace(batch_stats=debiased_start(norm.batch_stats, pair.momentum))
+                norm = norm._replace(batch_stats=store_debiased(norm.batch_stats, pair.momentum))
             params[pair.layer], norm = _absorbed(layers[pair.layer], norm, pair.epsilon, pair.axis)
         params[pair.norm], stats[pair.norm] = norm
     new: Model = with_values(variables, params=params, batch_stats=stats)
@@ -60,7 +61,7 @@ def with_norm(variables: Model, path: Path, norm: Layer) -> Model:
 
 def layers_and_norms(variables: Variables) -> tuple[dict[Path, dict[str, Array]], dict[Path, Layer]]:
     """By path, the kernel and bias of everything with a kernel, and every batch norm."""
-    trees = collections(variables)
+    trees = as_dicts(variables)
     params = flatten_dict(trees.get("params", {}))
     layers = {
         path[:-1]: {
@@ -84,7 +85,7 @@ def _absorbed(
     bias = layer.get("bias")
     kernel, axes = check_fold(layer["kernel"], bias, norm.params, norm.batch_stats, epsilon, axis)
     params, var = dict(norm.params), jnp.ones_like(norm.batch_stats["var"])
-    step = inverse_deviation(var.astype(wide(var.dtype, kernel.dtype)), epsilon)
+    step = inverse_std(var.astype(reduction_dtype(var.dtype, kernel.dtype)), epsilon)
     if "scale" in params:
         params["scale"] = jnp.full_like(params["scale"], math.sqrt(1 + epsilon))
         step = times(step, params["scale"])

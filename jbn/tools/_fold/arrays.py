@@ -12,10 +12,13 @@ from flax.core import meta
 from jaxtyping import Array
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from jbn._core.arguments import as_numbers, check_entries, check_epsilon
-from jbn._core.dtypes import Axes, BatchStats, Dtype, Params, describe, sharded_like, wide, working
-from jbn._core.errors import error, names_errors
-from jbn._core.statistics import inverse_deviation
+from jbn._core.arguments import check_entries
+from jbn._core.dtypes import as_numeric, compute_dtype, reduction_dtype
+from jbn._core.errors import describe, error, names_errors
+from jbn._core.options import check_epsilon
+from jbn._core.sharding import sharded_like
+from jbn._core.statistics import inverse_std
+from jbn._core.types import Axes, BatchStats, Dtype, Params
 
 
 @names_errors
@@ -83,7 +86,7 @@ def check_fold(
 ) -> tuple[Array, tuple[int, ...]]:
     """The kernel as an array and the axes of its output channels, which all other arrays have."""
     for name, value in {"kernel": kernel, "bias": kernel if bias is None else bias}.items():
-        array = as_numbers(value)
+        array = as_numeric(value)
         if array is None or not jnp.issubdtype(array.dtype, jnp.inexact):
             text = "a floating or complex array"
             raise error(name, describe(value), text, "Fold first, and quantize then.")
@@ -129,7 +132,7 @@ def folded(
 ) -> tuple[Array, Array]:
     """`fold` before rounding."""
     mean, var = batch_stats["mean"], batch_stats["var"]
-    factor = inverse_deviation(var.astype(wide(var.dtype, kernel.dtype)), epsilon)
+    factor = inverse_std(var.astype(reduction_dtype(var.dtype, kernel.dtype)), epsilon)
     if "scale" in params:
         factor = times(factor, params["scale"])
     offset = times(-mean if bias is None else plus(bias, -mean), factor)
@@ -140,12 +143,12 @@ def folded(
 
 
 def times(a: Array, b: Array) -> Array:
-    kind = working(a.dtype, b.dtype)
+    kind = compute_dtype(a.dtype, b.dtype)
     return a.astype(kind) * b.astype(kind)
 
 
 def plus(a: Array, b: Array) -> Array:
-    kind = working(a.dtype, b.dtype)
+    kind = compute_dtype(a.dtype, b.dtype)
     return a.astype(kind) + b.astype(kind)
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jbn._core.dtypes import Axes, describe
-from jbn._core.errors import error, names_errors
+from jbn._core.errors import describe, error, names_errors
+from jbn._core.types import Axes
 from jbn.tools._fold.absorb import Model, Pair, layers_and_norms
 from jbn.tools._fold.pairs import calls_of, found_pairs, kernel_axes, named_pairs
 from jbn.tools._fold.proof import proved
-from jbn.tools._models import Variables, collections
+from jbn.tools._models import Variables, as_dicts
 
 
 @names_errors
@@ -103,7 +103,7 @@ def _check(variables: Variables, call: Any, x: Any) -> None:
     if call is not None and not callable(call):
         fix = "For example lambda variables, x: model.apply(variables, x, train=False)."
         raise error("call", describe(call), "a function of variables and x", fix)
-    leaves = {"variables": jax.tree.leaves(collections(variables)), "x": jax.tree.leaves(x)}
+    leaves = {"variables": jax.tree.leaves(as_dicts(variables)), "x": jax.tree.leaves(x)}
     for argument, values in leaves.items():
         for value in values:
             if isinstance(value, jax.core.Tracer):

@@ -12,8 +12,9 @@ from jaxtyping import Array
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from jbn._core.batch_norm import batch_norm
-from jbn._core.dtypes import Axes, describe, kept, working
-from jbn._core.errors import error
+from jbn._core.dtypes import compute_dtype, promote_stats
+from jbn._core.errors import describe, error
+from jbn._core.types import Axes
 from jbn.tools._fold.absorb import Pair, layers_and_norms
 from jbn.tools._fold.arrays import plus
 from jbn.tools._fold.pairs import evaluating
@@ -55,7 +56,7 @@ def outputs_of_pairs(pairs: Sequence[Pair], model: Variables) -> list[Array]:
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _through(layer: Mapping[str, Array], norm: Layer, epsilon: float, axis: Axes) -> Array:
     """The kernel contracted with random patches, in a wide dtype, the bias, and the batch norm."""
-    kernel = layer["kernel"].astype(working(layer["kernel"].dtype))
+    kernel = layer["kernel"].astype(compute_dtype(layer["kernel"].dtype))
     features = normalize_axis_tuple(axis, kernel.ndim)
     others = tuple(a for a in range(kernel.ndim) if a not in features)
     patches = jnp.asarray(
@@ -65,7 +66,7 @@ def _through(layer: Mapping[str, Array], norm: Layer, epsilon: float, axis: Axes
     if "bias" in layer:
         y = plus(y, layer["bias"][None])
     feature_axes = tuple(range(1, y.ndim))
-    stats = kept(norm.batch_stats, y)
+    stats = promote_stats(norm.batch_stats, y)
     y, _ = batch_norm(norm.params, stats, y, use_running_average=True, epsilon=epsilon, axis=feature_axes)
     return y
 

@@ -17,9 +17,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 import jbn.linen
 import jbn.nnx
-from jbn._core.dtypes import describe
-from jbn._core.errors import error
-from jbn.tools._models import Layer, Path, Variables, path_name, shown
+from jbn._core.errors import describe, error
+from jbn.tools._models import Layer, Path, Variables, path_name, show_path
 
 _LAYERS: tuple[Any, ...] = (
     *(nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose),
@@ -111,8 +110,8 @@ def found_pairs(
         if once and _on_output_channels(norm, layer) and _fit(norm, layer, layers, norms):
             pairs.append((layer.path, norm.path))
     for pair in pairs:
-        print(" -> ".join(map(shown, pair)))  # noqa: T201 - asked for: what was found
-    if left := [shown(path) for path in norms if path not in {norm for _, norm in pairs}]:
+        print(" -> ".join(map(show_path, pair)))  # noqa: T201 - asked for: what was found
+    if left := [show_path(path) for path in norms if path not in {norm for _, norm in pairs}]:
         print(f"no layer found for: {', '.join(left)}")  # noqa: T201 - and what was not
     return pairs
 
@@ -196,7 +195,7 @@ def named_pairs(pairs: Any, layers: Iterable[Path], norms: Iterable[Path]) -> li
             raise error("pairs", f"a sequence with {pair!r}", expected, example)
         found.append((_known(pair[0], layers, "layer"), _known(pair[1], norms, "batch norm")))
     times = Counter(path for pair in found for path in pair)
-    if twice := [shown(path) for path, count in times.items() if count > 1]:
+    if twice := [show_path(path) for path, count in times.items() if count > 1]:
         raise error(
             "pairs",
             f"a sequence with {', '.join(twice)} in several pairs",
@@ -213,7 +212,7 @@ def _known(given: Any, paths: Iterable[Path], kind: str) -> Path:
         raise error(
             "pairs",
             f"a sequence with the {kind} {written!r}",
-            f"a {kind} of the model: {', '.join(map(shown, known.values())) or 'it has none'}",
+            f"a {kind} of the model: {', '.join(map(show_path, known.values())) or 'it has none'}",
             "Paths are those of the variables; a shared NNX module has the first of its paths.",
         )
     return known[written]

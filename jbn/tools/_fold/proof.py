@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jbn._core.dtypes import Dtype, sharded_like, wide
+from jbn._core.dtypes import reduction_dtype
 from jbn._core.errors import error
+from jbn._core.sharding import sharded_like
+from jbn._core.types import Dtype
 from jbn.tools._fold.absorb import Model, Pair, folded_model, layers_and_norms, with_norm
 from jbn.tools._fold.outputs import outputs_of, outputs_of_pairs
 from jbn.tools._models import Layer
@@ -110,7 +112,7 @@ def _with_more(norm: Layer, epsilon: float) -> Layer:
         return sharded_like(jnp.asarray(rng.uniform(1.0, 2.0, value.shape)).astype(value.dtype), value)
 
     mean, var = norm.batch_stats["mean"], norm.batch_stats["var"]
-    deviation = jnp.sqrt(var.astype(wide(var.dtype)) + epsilon)
+    deviation = jnp.sqrt(var.astype(reduction_dtype(var.dtype)) + epsilon)
     params = {name: value + far(value) for name, value in norm.params.items()}
     return Layer(params, {**norm.batch_stats, "mean": mean + (far(deviation) * deviation).astype(mean.dtype)})
 

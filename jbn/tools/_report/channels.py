@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jbn._core.dtypes import describe
-from jbn._core.errors import error
+from jbn._core.errors import describe, error
 from jbn._core.moments import Moments
 from jbn.tools._models import Layer
 

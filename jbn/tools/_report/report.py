@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jbn._core.arguments import check_epsilon
 from jbn._core.errors import names_errors
 from jbn._core.moments import Moments
+from jbn._core.options import check_epsilon
 from jbn.nnx import BatchMoments
 from jbn.tools._models import Layer, Path, Variables, batch_moments, batch_norms, moments_of, path_name
 from jbn.tools._report.channels import LayerReport, measured

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jbn._core.errors import error, names_errors
-from jbn._core.running import MANY
-from jbn.tools._models import some
+from jbn._core.running import SATURATED_COUNT
+from jbn.tools._models import join_paths
 from jbn.tools._report.channels import FAR, Channels, LayerReport
 
 _WIDTH = 100
@@ -63,8 +63,8 @@ class Report:
         new = [row.path for row in self.rows if row.never_updated]
         far = [row.path for row in self.rows if row.drift is not None and row.drift > FAR]
         told = {
-            f"{self._layers(broken, 'has', 'have')} NaN or inf: {some(broken)}. {_FINITE}": broken,
-            f"{self._layers(new, 'was', 'were')} never updated: {some(new)}. {_KEEP}": new,
+            f"{self._layers(broken, 'has', 'have')} NaN or inf: {join_paths(broken)}. {_FINITE}": broken,
+            f"{self._layers(new, 'was', 'were')} never updated: {join_paths(new)}. {_KEEP}": new,
             f"{self._layers(far, 'differs', 'differ')} {_DIFFERENCE}": far,
             f"{dead} of {channels} channels {'is' if dead == 1 else 'are'} dead: {_DEAD}": dead,
         }
@@ -181,7 +181,7 @@ def _updates(row: LayerReport) -> str:
         return "never"
     if row.updates is None:
         return ""
-    return str(row.updates) if row.updates < MANY else "many"
+    return str(row.updates) if row.updates < SATURATED_COUNT else "many"
 
 
 def _table(rows: Sequence[LayerReport], columns: Mapping[str, list[str]]) -> str:

@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jbn._core.dtypes import kept
+from jbn._core.dtypes import promote_stats
 from jbn._core.errors import names_errors
-from jbn._core.running import updated
-from jbn._core.scalars import check_momentum
+from jbn._core.options import check_momentum
+from jbn._core.running import checked_update
 from jbn.tools._models import (
     Variables,
     batch_norms,
@@ -75,7 +75,9 @@ def apply_moments(
     check_momentum(momentum)
     layers = batch_norms(variables)
     given: Any = variables if moments is None else moments
-    step = functools.partial(updated, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite)
+    step = functools.partial(
+        checked_update, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite
+    )
     stats = {}
     for path, batch in moments_of(given, layers).items():
         old = layers[path].batch_stats
@@ -83,6 +85,6 @@ def apply_moments(
             of_layer = step
             for _ in range(jnp.ndim(old.get("count", 0))):  # one of each layer, if layers are stacked
                 of_layer = jax.vmap(of_layer)
-            stats[path] = of_layer(old | kept(old, batch.mean), batch)
+            stats[path] = of_layer(old | promote_stats(old, batch.mean), batch)
     new: Model = with_values(variables, batch_stats=stats)
     return without_batch_moments(new) if given is variables else new

@@ -11,19 +11,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import DictKey
 from jaxtyping import Array
 
-from jbn._core.dtypes import describe, wide, working
-from jbn._core.errors import error, names_errors
+from jbn._core.dtypes import compute_dtype, reduction_dtype
+from jbn._core.errors import describe, error, names_errors
 from jbn._core.moments import Moments, merge_stacked
-from jbn._core.running import moving_average
-from jbn._core.scalars import is_share
+from jbn._core.options import is_unit_interval
+from jbn._core.running import Decay, moving_average
 from jbn.tools._models import (
     Path,
     Variables,
-    collections,
+    as_dicts,
     errors_at,
+    join_paths,
     path_name,
-    rebuilt,
-    some,
+    replace_collections,
     with_statistics,
 )
 
@@ -75,8 +75,8 @@ def merge_replicas(batch_stats: Stats, axis: int = 0) -> Stats:
         kinds = "a collection, an nnx.State or an NNX module"
         raise error("batch_stats", describe(batch_stats), kinds, _REPLICAS)
     variables: Any = batch_stats if is_module else {"batch_stats": batch_stats}
-    tree = _merged(collections(variables)["batch_stats"], axis)
-    new = rebuilt(variables, batch_stats=tree)
+    tree = _merged(as_dicts(variables)["batch_stats"], axis)
+    new = replace_collections(variables, batch_stats=tree)
     return cast(Stats, new if is_module else new["batch_stats"])
 
 
@@ -91,7 +91,7 @@ def _merged(stats: Any, axis: int) -> Any:
     if other := [path_name(path) for path in flat if path not in known]:
         expected = "mean, var, count and rows of batch norms alone"
         fix = "Leave the others out: jbn cannot know how they are merged."
-        raise error("batch_stats", f"one with {some(other)}", expected, fix)
+        raise error("batch_stats", f"one with {join_paths(other)}", expected, fix)
     flat = {path: jnp.asarray(value) for path, value in flat.items()}
     sizes = {value.shape[axis] if -value.ndim <= axis < value.ndim else None for value in flat.values()}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
@@ -121,8 +121,8 @@ def _check_replicas(mean: Array, var: Array) -> None:
 
 def _pooled(means: Array, variances: Array, rows: Array | None, axis: int) -> tuple[Array, Array]:
     """Mean and variance of all replicas together, by their rows."""
-    mean = jnp.moveaxis(means.astype(working(means.dtype, variances.dtype)), axis, 0)
-    var = jnp.moveaxis(variances.astype(wide(mean.dtype)), axis, 0)
+    mean = jnp.moveaxis(means.astype(compute_dtype(means.dtype, variances.dtype)), axis, 0)
+    var = jnp.moveaxis(variances.astype(reduction_dtype(mean.dtype)), axis, 0)
     weights = jnp.ones_like(var)
     if rows is not None:
         some = jnp.any(rows > 0, axis, keepdims=True)  # before the first update all are alike
@@ -189,7 +189,7 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
 
 
 def _check_decay(decay: Any) -> None:
-    if not is_share(decay):
+    if not is_unit_interval(decay):
         raise error(
             "decay",
             describe(decay),
@@ -205,4 +205,4 @@ def _moved(name: str, old: Array, new: Array, decay: float | Array) -> Array:
         raise error(f"new{name}", describe(latest), expected, "Average one and the same model.")
     if not jnp.issubdtype(latest.dtype, jnp.inexact):
         return jnp.copy(latest)  # not `new` itself, whose buffer the caller may donate
-    return moving_average(average, latest, (decay, 1 - decay)).astype(average.dtype)
+    return moving_average(average, latest, Decay(decay, 1 - decay)).astype(average.dtype)

@@ -3,17 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
 
-from jbn._core.dtypes import BatchStats
 from jbn._core.errors import error, names_errors
-from jbn._core.options import check_constant
-from jbn._core.running import debiased, without_end
-from jbn._core.scalars import check_momentum
+from jbn._core.options import check_momentum, check_static_momentum
+from jbn._core.running import store_debiased
 from jbn.nnx import BatchNorm
-from jbn.tools._models import Path, Variables, batch_norms, by_name, path_name, some, with_values
+from jbn.tools._models import Path, Variables, batch_norms, by_name, join_paths, path_name, with_values
 
 Model = TypeVar("Model", bound=Variables)
 
@@ -64,14 +60,13 @@ def debias(
     else:
         momenta = dict.fromkeys(counted, momentum)
     if not momenta or (unknown := [path for path in momenta if path not in counted]):
-        got = f"one for {some(unknown)}" if momenta else "for none"
-        expected = (
-            f"those of batch norms with a count: {some(sorted(counted)) if counted else 'there are none'}"
-        )
+        got = f"one for {join_paths(unknown)}" if momenta else "for none"
+        known = join_paths(sorted(counted)) if counted else "there are none"
+        expected = f"those of batch norms with a count: {known}"
         raise error("momentum", got, expected, "Layers with debias=True keep a count.")
     for value in momenta.values():
         _check(value)
-    stats = {counted[path]: debiased_start(layers[counted[path]], value) for path, value in momenta.items()}
+    stats = {counted[path]: store_debiased(layers[counted[path]], value) for path, value in momenta.items()}
     new: Model = with_values(variables, batch_stats=stats)
     return new
 
@@ -92,12 +87,4 @@ def _check(momentum: Any) -> None:
         fix = "Cumulative statistics have nothing to debias: leave their layers out."
         raise error("momentum", "None", "a number from 0 to 1, that of the layers", fix)
     check_momentum(momentum)
-    check_constant(momentum)
-
-
-def debiased_start(batch_stats: BatchStats, momentum: float | None) -> dict[str, Array]:
-    """`debias` of one batch norm that has a count."""
-    count = jnp.asarray(batch_stats["count"])
-    new = debiased(batch_stats, momentum)
-    values = {name: new[name].astype(batch_stats[name].dtype) for name in ("mean", "var")}
-    return {**batch_stats, **values, "count": jnp.where(count > 0, without_end(count), count)}
+    check_static_momentum(momentum)

@@ -9,12 +9,11 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from jbn._core.dtypes import describe
-from jbn._core.errors import error
+from jbn._core.errors import describe, error
 from jbn.linen._replace import training_moments_alone
 from jbn.nnx import BatchNorm, keep_batch_moments
 from jbn.nnx import replace_batch_norm as replace_nnx
-from jbn.tools._models import shown, with_statistics, without_batch_moments
+from jbn.tools._models import show_path, with_statistics, without_batch_moments
 
 
 def linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], Any]:
@@ -52,7 +51,7 @@ def _refuse_bridged(
     if isinstance(module, nnx.bridge.ToLinen):
         stats = flatten_dict(module.variables.get("batch_stats", {}))
         if with_statistics(stats):
-            got = f"one that runs {shown(module.path)} by nnx.bridge.to_linen"
+            got = f"one that runs {show_path(module.path)} by nnx.bridge.to_linen"
             fix = (
                 "Use jbn.linen.BatchNorm there, whose variables are the same, or recalibrate the NNX module."
             )

@@ -13,19 +13,20 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from jbn._core.dtypes import describe, kept, sharded_like
-from jbn._core.errors import error, names_errors
+from jbn._core.dtypes import promote_stats
+from jbn._core.errors import describe, error, names_errors
 from jbn._core.moments import Moments, merge
-from jbn._core.running import without_end
-from jbn._core.scalars import is_number
+from jbn._core.options import is_number
+from jbn._core.running import saturated
+from jbn._core.sharding import sharded_like
 from jbn.tools._models import (
     Layer,
     Path,
     Variables,
     batch_norms,
+    join_paths,
     moments_in,
     path_name,
-    some,
     with_values,
 )
 from jbn.tools._statistics.measuring import linen_step, nnx_step
@@ -123,7 +124,7 @@ def recalibrate(
     if unknown := [path_name(path) for path in moments if path not in layers]:
         raise error(
             "variables",
-            f"a model without batch_stats for {some(unknown)}",
+            f"a model without batch_stats for {join_paths(unknown)}",
             "those of every batch norm that runs",
             "Pass all variables of the model, as init or training returned them.",
         )
@@ -170,7 +171,7 @@ def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
     never = [path_name(path) for path in layers if path not in ran]
     if never:
         warnings.warn(
-            f"jbn.tools.recalibrate: {some(never, len(never))} never ran in training mode, so the old "
+            f"jbn.tools.recalibrate: {join_paths(never, len(never))} never ran in training mode, so the old "
             "statistics stay there. Does apply_fn run the whole model in training mode, with nothing frozen?",
             stacklevel=4,
         )
@@ -181,15 +182,15 @@ def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
     ]
     if broken:
         warnings.warn(
-            f"jbn.tools.recalibrate: the batches gave NaN or inf in {some(broken, len(broken))}. Look for "
-            "NaN in the data, and for layers before these that give it.",
+            f"jbn.tools.recalibrate: the batches gave NaN or inf in {join_paths(broken, len(broken))}. Look "
+            "for NaN in the data, and for layers before these that give it.",
             stacklevel=4,
         )
 
 
 def _replaced(layer: Layer, moments: Moments) -> dict[str, jax.Array]:
     """Mean, var and rows of the moments, where there are rows; nothing is left of initial statistics."""
-    stats = kept(layer.batch_stats, moments.mean)
+    stats = promote_stats(layer.batch_stats, moments.mean)
     for name, given in (("mean", moments.mean), ("var", moments.var), ("rows", moments.count)):
         if name in stats:
             old = stats[name]
@@ -198,7 +199,7 @@ def _replaced(layer: Layer, moments: Moments) -> dict[str, jax.Array]:
     if "count" in stats:  # one of each layer, if layers are stacked
         count = stats["count"]
         ran = jnp.any(moments.count > 0, tuple(range(count.ndim, moments.count.ndim)))
-        stats["count"] = jnp.where(ran, without_end(count), count)
+        stats["count"] = jnp.where(ran, saturated(count), count)
     return stats
 
 

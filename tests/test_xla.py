@@ -1,5 +1,8 @@
 """Two sums at once: the same whether pairs are added first or not, both ways; and what that saves."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jbn
-from jbn import _sums
+from jbn._core import xla
 from tests.cases import assert_close, assert_trees_close, tolerance
 from tests.compiling import optimized
 
@@ -50,11 +53,11 @@ def arrays(shape, number):
 @cuts
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, jnp.float8_e4m3fn])
 def test_where_it_is_cut(shape, axes, pairs, dtype):
-    assert _sums._pairs(jnp.zeros(shape, dtype), axes) == pairs
+    assert xla._groups(jnp.zeros(shape, dtype), axes) == pairs
 
 
 def test_what_is_not_converted_is_not_cut():
-    assert _sums._pairs(jnp.zeros((32, 5)), (0,)) is None
+    assert xla._groups(jnp.zeros((32, 5)), (0,)) is None
 
 
 @cuts
@@ -63,7 +66,7 @@ def test_both_are_the_sums(shape, axes, pairs, weighted):
     first, second, weights = arrays(shape, 3)
     weights = np.abs(weights) if weighted else None
     x = jnp.zeros(shape, jnp.bfloat16)
-    found = jax.jit(lambda a, b: _sums.two_sums(x, a, b, weights, axes))(first, second)
+    found = jax.jit(lambda a, b: xla.sum_pair(x, a, b, weights, axes))(first, second)
     for sums, values in zip(found, (first, second), strict=True):
         exact = np.sum(np.float64(values) * (1 if weights is None else weights), axes, keepdims=True)
         assert_close(sums, exact, TOLERANCE)
@@ -78,7 +81,7 @@ def test_a_line_and_its_transpose(shape, axes, pairs):
 
     @jax.jit
     def both(*arguments):
-        y, pullback = jax.vjp(lambda a, b, o: _sums.spread(x, a, b, o, axes), *arguments)
+        y, pullback = jax.vjp(lambda a, b, o: xla.broadcast_affine(x, a, b, o, axes), *arguments)
         return y, pullback(jnp.asarray(cotangent))
 
     y, back = both(constant, slope, offset)
@@ -125,17 +128,17 @@ def test_no_bfloat16_is_stored_as_float32(shape):
 
 def test_what_devices_may_share_is_cut_within_each_of_them(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert _sums._pairs(jnp.zeros((1024, 5), jnp.bfloat16), (0,)) == (0, 16)
-    assert _sums._pairs(jnp.zeros((96, 5), jnp.bfloat16), (0,)) == (0, 12)
-    assert _sums._pairs(jnp.zeros((72, 3, 16, 5), jnp.bfloat16), (0, 1, 2)) == (0, 9)
-    assert _sums._pairs(jnp.zeros((100, 5), jnp.bfloat16), (0,)) is None
+    assert xla._groups(jnp.zeros((1024, 5), jnp.bfloat16), (0,)) == (0, 16)
+    assert xla._groups(jnp.zeros((96, 5), jnp.bfloat16), (0,)) == (0, 12)
+    assert xla._groups(jnp.zeros((72, 3, 16, 5), jnp.bfloat16), (0, 1, 2)) == (0, 9)
+    assert xla._groups(jnp.zeros((100, 5), jnp.bfloat16), (0,)) is None
 
 
 def test_a_sharded_axis_is_not_cut():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         x = jax.device_put(jnp.zeros((16, 4), jnp.bfloat16), jax.NamedSharding(mesh, P("data")))
-        assert _sums._pairs(x, (0,)) is None
+        assert xla._groups(x, (0,)) is None
 
 
 def test_other_platforms_add_no_pairs():
@@ -147,3 +150,13 @@ def test_other_platforms_add_no_pairs():
     for platform, pairs in (("cpu", True), ("tpu", False), ("cuda", False)):
         text = jax.jit(step).trace(x).lower(lowering_platforms=(platform,)).as_text()
         assert ("complex" in text) == pairs
+
+
+def test_no_other_file_knows_platforms_or_counts_devices():
+    words = re.compile(
+        "platform_dependent|optimization_barrier|device_count|local_devices|jax.devices|default_backend"
+        "|[\"'](cpu|gpu|cuda|rocm|tpu)[\"']"
+    )
+    package = Path(jbn.__file__).parent
+    knowing = [file for file in package.rglob("*.py") if words.search(file.read_text(encoding="utf-8"))]
+    assert knowing == [package / "_core" / "xla.py"]

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jbn
-from jbn import _measure
+from jbn._core import xla
 from tests import reference
 from tests.cases import CASES, assert_close, assert_trees_close, by_name, tolerance
 from tests.compiling import optimized
@@ -23,7 +23,7 @@ def as_on_tpu():
     """For the whole file: what is traced in one test may serve the next."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_measure, "_GUESSES", "cpu")
+        patch.setattr(xla, "_HINT_PLATFORM", "cpu")
         yield
 
 
@@ -32,7 +32,7 @@ def as_elsewhere(monkeypatch):
     """A function that ends the way of the TPU, to compare with what others do."""
 
     def end():
-        monkeypatch.setattr(_measure, "_GUESSES", "tpu")
+        monkeypatch.setattr(xla, "_HINT_PLATFORM", "tpu")
         jax.clear_caches()
 
     yield end

@@ -4,8 +4,7 @@ import fnmatch
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from jbn._core.dtypes import describe
-from jbn._core.errors import error
+from jbn._core.errors import describe, error
 
 Where: TypeAlias = str | Callable[[str], bool] | None
 """A glob such as `"backbone/*"`, in which `*` crosses `/`, or a predicate of the path; None is all layers."""

@@ -1,0 +1,41 @@
+"""Arrays that a mesh with explicit axes cuts into shards: all that shows of it while tracing."""
+
+import math
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from jbn._core.types import X
+
+
+def partition_spec(x: X) -> tuple[Any, ...]:
+    """Per axis of x, the explicit mesh axes over which it is sharded, or None."""
+    known = tuple(jax.typeof(x).sharding.spec)
+    return known + (None,) * (x.ndim - len(known))
+
+
+def num_shards(x: X, axis: int) -> int:
+    """How many shards explicit mesh axes make of an axis of x."""
+    names = partition_spec(x)[axis]
+    names = names if isinstance(names, tuple) else () if names is None else (names,)
+    return math.prod(jax.typeof(x).sharding.mesh.shape[name] for name in names)
+
+
+def sharded_like(value: Array, x: X) -> Array:
+    """The value, of x's rank and 1 or x's size along each axis, sharded as x is.
+
+    Under explicit mesh axes JAX refuses to combine differently sharded arrays; elsewhere this does nothing.
+    """
+    wanted = tuple(
+        None if size == 1 else axes for size, axes in zip(value.shape, partition_spec(x), strict=True)
+    )
+    if partition_spec(value) == wanted:
+        return value
+    # Either may be on a mesh where none is set.
+    meshes = (jax.typeof(array).sharding.mesh for array in (x, value))
+    mesh = next(mesh for mesh in meshes if not mesh.empty)
+    sharded: Array = jax.sharding.reshard(
+        value, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*wanted))
+    )
+    return sharded
