@@ -81,9 +81,10 @@ def linen(setting, make, inside=False):
         y, new = make().apply(variables(params, state), x, mutable=["batch_stats"])
         return y, new["batch_stats"]
 
-    def fused(params, state, x, residual=None, relu=False):
+    def fused(params, state, x, residual=None, relu=False, mask=None):
         layer = make(activation="relu" if relu else None)
-        y, new = layer.apply(variables(params, state), x, residual=residual, mutable=["batch_stats"])
+        more = {"mask": mask, "mutable": ["batch_stats"]}
+        y, new = layer.apply(variables(params, state), x, residual=residual, **more)
         return y, new["batch_stats"]
 
     first = make(axis_name=None).init(jax.random.key(0), setting.one_row())

@@ -15,8 +15,8 @@ DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 class ResNet50:
     """Built by a first call, with shapes only, that makes the variables; then `__call__` runs it."""
 
-    def __init__(self, contestant, dtype, batch=BATCH, size=224):
-        self.contestant, self.dtype = contestant, dtype
+    def __init__(self, contestant, dtype, batch=BATCH, size=224, blocks=BLOCKS):
+        self.contestant, self.dtype, self.blocks = contestant, dtype, blocks
         self.x = jax.ShapeDtypeStruct((batch, size, size, 3), dtype)
         self.labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
         self.layers, self.params, self.state = {}, {}, {}
@@ -68,7 +68,7 @@ class ResNet50:
 
         x = norm("stem", conv("stem.a", x, 64, 7, 2, [(3, 3), (3, 3)]), relu=True)
         x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
-        for stage, blocks in enumerate(BLOCKS):
+        for stage, blocks in enumerate(self.blocks):
             for i in range(blocks):
                 x = block(f"{stage}.{i}", x, 64 * 2**stage, 2 if stage and not i else 1)
         x = jnp.mean(x, (1, 2))

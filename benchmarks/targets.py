@@ -1,6 +1,7 @@
 """Compiling for machines that are not there: an H100, and slices of TPU v5e.
 
-    pip install jax-cuda13-plugin jax-cuda13-pjrt    (of JAX's version; also needs ptxas on the PATH)
+    pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt    (of JAX's version)
+    pip install --no-deps nvidia-cuda-nvcc nvidia-nvvm         (where there is no CUDA toolkit)
     pip install libtpu
 
 The process must have been started with `benchmarks.processes.AHEAD`.

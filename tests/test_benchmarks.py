@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, hlo, tables, timing, variances
+from benchmarks import accuracy, hlo, passes, tables, timing, variances
 from benchmarks.__main__ import main
 from benchmarks.contestants import LAYERS
 from tests.cases import loosely
@@ -69,6 +69,24 @@ ENTRY %main (c: pred[], x: f32[8]) -> f32[8] {
 }
 """
     assert hlo.moved(program) == 2 * ROW
+
+
+def test_a_layer_that_moves_more_than_its_limit_ends_with_the_numbers(monkeypatch, capsys):
+    """Without the compiler for an H100, which `.ci/run passes` installs."""
+    found = {name: list(limits) for name, limits in passes.LIMITS.items()}
+    monkeypatch.setattr(passes.targets, "missing", lambda target: None)
+    monkeypatch.setattr(passes, "apart", lambda *_: found)
+    with pytest.raises(SystemExit) as end:
+        passes.main()
+    assert end.value.code is None
+    row = "| training | 3.10 of 3.1 | 8.10 of 8.1 | 3.10 of 3.1 | 8.10 of 8.1 |"
+    assert row in capsys.readouterr().out.splitlines()
+    found["training"][1] = 9.01
+    with pytest.raises(SystemExit) as end:
+        passes.main()
+    assert end.value.code == (
+        "training, bfloat16, forward + backward: 9.01 passes, and at most 8.1 are allowed"
+    )
 
 
 def test_contestants_compute_the_same():
