@@ -23,13 +23,8 @@ def tables(quick=False):
             made = contestant.make(contestants.Setting(SHAPE, dtype))
             rows.append([name, contestant.name, *kept(made, dtype, False), *kept(made, dtype, True)])
         if pytorch.installed():
-            rows.append(
-                [
-                    name,
-                    "PyTorch",
-                    *(cell for relu in (False, True) for cell in pytorch.kept(SHAPE, name, relu)),
-                ]
-            )
+            saved = [summary(pytorch.kept(SHAPE, name, relu), dtype) for relu in (False, True)]
+            rows.append([name, "PyTorch", *saved[0], *saved[1]])
     return [Table("Residuals", ABOUT, HEADER, rows)]
 
 
@@ -50,14 +45,13 @@ def kept(layer, dtype, relu):
     arguments = programs.shapes(layer.params), jax.ShapeDtypeStruct(SHAPE, dtype)
     closed = jax.make_jaxpr(pullback)(*arguments)
     held = {id(var): var.aval for var in closed.jaxpr.outvars if not isinstance(var, Literal)}
-    return summary(
-        [(aval.shape, aval.dtype.name, aval.dtype.itemsize) for aval in held.values()], SHAPE, dtype
-    )
+    return summary([(aval.shape, aval.dtype.name, aval.dtype.itemsize) for aval in held.values()], dtype)
 
 
-def summary(held, shape, dtype):
+def summary(held, dtype):
+    """All that is held in sizes of x, and the dtypes of what is as large: two cells of the table."""
     import numpy as np
 
-    total = sum(math.prod(size) * width for size, _, width in held)
-    large = sorted(name for size, name, _ in held if math.prod(size) >= math.prod(shape))
-    return total / (math.prod(shape) * np.dtype(dtype).itemsize), ", ".join(large)
+    total = sum(math.prod(shape) * width for shape, _, width in held)
+    large = sorted(name for shape, name, _ in held if math.prod(shape) >= math.prod(SHAPE))
+    return total / (math.prod(SHAPE) * np.dtype(dtype).itemsize), ", ".join(large)
