@@ -29,7 +29,7 @@ from errors import one_line_errors
 from idx import MNIST, Split, load_splits
 from models import Cnn
 from parallel import State, TrainStep
-from progress import progress_bar
+from progress import ProgressBar
 
 BATCH_SIZE, SMALL_BATCH, TEST_BATCH = 128, 8, 1000
 FEW = 1000  # new digits to learn from
@@ -137,7 +137,7 @@ def fine_tune(
 def fit(step: TrainStep, state: State, split: Split, rows: np.ndarray, name: str) -> State:
     """Trains on `rows` i64[steps, batch] of the data. The state that came can be used again."""
     state = jax.device_get(state)  # the step gives away what is on the device
-    with progress_bar(name, rows.size) as bar:
+    with ProgressBar(name, rows.size) as bar:
         for some in rows:
             state, _ = step(state, batches.take(split, some, len(some)))
             bar.update(len(some))

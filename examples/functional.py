@@ -16,7 +16,7 @@ from batches import whole_batches
 from errors import one_line_errors
 from idx import MNIST, NUM_CLASSES, load_splits
 from models import to_unit_range
-from progress import progress_bar
+from progress import ProgressBar
 
 BATCH_SIZE, HIDDEN = 128, 128
 optimizer = optax.adam(0.001)
@@ -66,7 +66,7 @@ def main(steps: int = 1000, seed: int = 0) -> float:
     train_set, test_set = load_splits(MNIST)
     params, batch_stats = init(jax.random.key(seed), train_set.images[0].size)
     opt_state = optimizer.init(params)
-    with progress_bar("functional", steps * BATCH_SIZE) as bar:
+    with ProgressBar("functional", steps * BATCH_SIZE) as bar:
         for rows in whole_batches(seed, len(train_set.labels), BATCH_SIZE, steps):
             batch = train_set.images[rows], train_set.labels[rows]
             params, batch_stats, opt_state = train_step(params, batch_stats, opt_state, *batch)

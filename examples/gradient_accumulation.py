@@ -21,7 +21,7 @@ from errors import one_line_errors
 from idx import MNIST, NUM_CLASSES, load_splits
 from jbn.linen import BatchNorm
 from models import to_unit_range
-from progress import progress_bar
+from progress import ProgressBar
 
 BATCH_SIZE, PARTS, MOMENTUM = 512, 8, 0.9
 optimizer = optax.MultiSteps(optax.adam(0.003), every_k_schedule=PARTS)
@@ -67,7 +67,7 @@ def main(steps: int = 200, seed: int = 0) -> tuple[float, float]:
     train_set, test_set = load_splits(MNIST)
     variables = Net().init(jax.random.key(seed), train_set.images[:1], train=False)
     opt_state, expected = optimizer.init(variables["params"]), variables["batch_stats"]["pixels"]
-    with progress_bar("gradient_accumulation", steps * BATCH_SIZE) as bar:
+    with ProgressBar("gradient_accumulation", steps * BATCH_SIZE) as bar:
         for rows in whole_batches(seed, len(train_set.labels), BATCH_SIZE, steps):
             moments = {}
             for part in np.split(rows, PARTS):

@@ -24,7 +24,7 @@ from idx import MNIST, NUM_CLASSES, Split, load_splits
 from jbn.linen import BatchNorm
 from models import to_unit_range
 from parallel import State, initial_state, updated
-from progress import progress_bar
+from progress import ProgressBar
 
 BATCH_SIZE = 128
 LONGEST = 20
@@ -78,7 +78,7 @@ def main(steps: int = 500, seed: int = 0) -> dict[str, list[float]]:
             first = padded(train_set, rows[0, :1], LONGEST)
             state = initial_state(net, optimizer, seed, first.columns, first.mask)
             drawn = np.random.default_rng(seed).choice(lengths, steps)
-            with progress_bar(f"padded {padding}", rows.size) as bar:
+            with ProgressBar(f"padded {padding}", rows.size) as bar:
                 for some, length in zip(rows, drawn, strict=True):
                     state = train_step(state, padded(train_set, some, length))
                     bar.update(BATCH_SIZE)

@@ -26,7 +26,7 @@ from curves import MetricsFile, draw_curves, percentile_columns
 from errors import Interrupted, UsageError, one_line_errors
 from idx import Split, load_splits
 from mnist_options import Config, settings, with_preset
-from progress import StopRequest, progress_bar
+from progress import ProgressBar, StopRequest
 from runs import Checkpoints, set_aside
 
 LOG_EVERY = 10  # steps between rows of metrics.csv; each waits for the device, so not every step
@@ -151,14 +151,14 @@ class Run:
         order = batches.epoch_order(self.config.seed, epoch, len(self.train_set.labels))
         todo = order[done * size : (last_step - epoch * self.steps_per_epoch) * size]
         started = time.monotonic()
-        with progress_bar(f"epoch {epoch + 1}", len(order), done=done * size, visible=hosts.is_main()) as bar:
+        with ProgressBar(f"epoch {epoch + 1}", len(order), done=done * size, visible=hosts.is_main()) as bar:
             for first in range(0, len(todo), size):
                 self._stop_if_asked(stop)
                 rows = todo[first : first + size]
                 loss = self._train_on(rows)
                 bar.update(len(rows))
                 if self.step % LOG_EVERY == 0 and self.step < last_step:
-                    bar.set_postfix(loss=self._log(loss))
+                    bar.show_loss(self._log(loss))
         rate = f"{len(todo) / (time.monotonic() - started):,.0f} images/s"
         accuracy = self.test_accuracy()
         loss = self._log(loss, accuracy)

@@ -18,7 +18,7 @@ from batches import whole_batches
 from errors import one_line_errors
 from idx import MNIST, NUM_CLASSES, load_splits
 from models import to_unit_range
-from progress import progress_bar
+from progress import ProgressBar
 
 BATCH_SIZE, TEST_BATCH = 128, 1000
 CONVOLUTIONS = ((24, 5), (48, 3), (96, 3))  # features, and the window's side
@@ -70,7 +70,7 @@ def main(steps: int = 936, seed: int = 0) -> float:  # two epochs
     model = Cnn(train_set.images.shape[1], rngs=nnx.Rngs(seed))
     schedule = optax.cosine_onecycle_schedule(steps, 0.004, pct_start=0.2)
     optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
-    with progress_bar("mnist_nnx", rows.size) as bar:
+    with ProgressBar("mnist_nnx", rows.size) as bar:
         for some in rows:
             train_step(model, optimizer, train_set.images[some], train_set.labels[some])
             bar.update(BATCH_SIZE)

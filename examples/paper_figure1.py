@@ -25,7 +25,6 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
-from tqdm import tqdm
 
 from batches import whole_batches
 from curves import LABEL, save_picture
@@ -33,7 +32,7 @@ from errors import one_line_errors
 from idx import MNIST, NUM_CLASSES, Split, load_splits
 from jbn.linen import BatchNorm
 from parallel import State, initial_state, updated
-from progress import progress_bar
+from progress import ProgressBar
 
 BATCH_SIZE, HIDDEN = 60, 100
 PERCENTILES = (15, 50, 85)
@@ -120,7 +119,7 @@ def main(
         net, optimizer = Net(name == "with batch norm", spread), optax.sgd(learning_rate)
         # Keys depend on the seed and on the names of layers, so both nets get the same weights.
         state = initial_state(net, optimizer, seed, train_set.images[:1])
-        with progress_bar(name, rows.size) as bar:
+        with ProgressBar(name, rows.size) as bar:
             histories[name] = train(net, optimizer, state, rows, train_set, test_set, bar)
     draw(histories, output)
     print(sentence(*histories.values()))
@@ -134,7 +133,7 @@ def train(
     rows: np.ndarray,
     train_set: Split,
     test_set: Split,
-    bar: tqdm,
+    bar: ProgressBar,
 ) -> History:
     """Trains on `rows` i64[steps, batch] of the training set, and measures every `STEPS_PER_CALL` steps."""
     train_steps, measure = make_train_steps(net, optimizer), make_measure(net)

@@ -36,7 +36,7 @@ from idx import MNIST, NUM_CLASSES, Split, load_splits
 from jbn.linen import BatchNorm
 from models import to_unit_range
 from parallel import AXIS, State, updated
-from progress import progress_bar
+from progress import ProgressBar
 
 SIZES = (2, 4, 8, 16, 32, 64, 128)
 DEVICES, LARGE, HIDDEN = 8, 128, 64
@@ -78,7 +78,7 @@ def main(
     variables = init(jax.random.key(seed), train_set.images[:1], train=False)
     accuracies = {kind: {} for kind in COLORS}
     for kind, found in accuracies.items():
-        with progress_bar(kind, len(SIZES) * rows.size) as bar:
+        with ProgressBar(kind, len(SIZES) * rows.size) as bar:
             for size in SIZES:
                 state = train(kind, size, variables, rows, train_set)
                 found[size] = float(accuracy(state, test_set))

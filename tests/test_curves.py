@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import curves
-from progress import progress_bar
+from progress import ProgressBar
 
 
 @pytest.fixture
@@ -46,13 +46,31 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(
-    ("file", "visible", "shown"),
-    [(Terminal, True, True), (Terminal, False, False), (io.StringIO, True, False)],
-)
-def test_progress_is_for_terminals_alone(file, visible, shown, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", file())
-    with progress_bar("epoch 1", 10, visible=visible) as bar:
-        bar.update(5)
-        bar.set_postfix(loss=0.5)
-    assert ("epoch 1" in sys.stderr.getvalue()) == bool(sys.stderr.getvalue()) == shown
+@pytest.fixture
+def bar_shows(monkeypatch):
+    """What a bar writes into a file that takes the place of stderr."""
+
+    def shown(file, visible):
+        monkeypatch.setattr(sys, "stderr", file)
+        with ProgressBar("epoch 1", 10, visible=visible) as bar:
+            bar.update(5)
+            bar.show_loss(0.5)
+        return file.getvalue()
+
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    return shown
+
+
+def test_progress_on_a_terminal(bar_shows):
+    found = bar_shows(Terminal(), visible=True)
+    assert "epoch 1" in found
+    assert "5/10" in found
+    assert "loss 0.5" in found
+    assert found.endswith("\x1b[2K")  # the line is cleared: what is printed next takes its place
+
+
+@pytest.mark.parametrize(("file", "visible"), [(Terminal, False), (io.StringIO, True)])
+def test_progress_is_for_terminals_alone(file, visible, bar_shows, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # colours may be asked for where there is no terminal, as in CI
+    assert bar_shows(file(), visible) == ""
