@@ -151,6 +151,15 @@ def test_what_is_found(run, capsys):
     assert out.count(" -> ") == out.count("\n") == 1
 
 
+def test_what_is_printed_is_plain_text_in_one_line(capsys, monkeypatch):
+    """Also on a narrow terminal with colours."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    model, variables, x = net(lambda x: norm(name="None")(nn.Dense(3, name="the [red] layer")(x)))
+    fold_variables(variables, call=model.apply, x=x)
+    assert capsys.readouterr().out == "the [red] layer -> None\n"
+
+
 def test_a_call_that_was_compiled_before(capsys):
     model, variables, x = net()
     call = jax.jit(model.apply)

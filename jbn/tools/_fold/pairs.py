@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
+from rich.console import Console
 
 import jbn.linen
 import jbn.nnx
@@ -109,10 +110,11 @@ def found_pairs(
         once = times[layer.weights] == times[norm.weights] == 1
         if once and _on_output_channels(norm, layer) and _fit(norm, layer, layers, norms):
             pairs.append((layer.path, norm.path))
+    console = Console()
     for pair in pairs:
-        print(" -> ".join(map(show_path, pair)))  # noqa: T201 - asked for: what was found
+        console.out(" -> ".join(map(show_path, pair)), highlight=False)
     if left := [show_path(path) for path in norms if path not in {norm for _, norm in pairs}]:
-        print(f"no layer found for: {', '.join(left)}")  # noqa: T201 - and what was not
+        console.out(f"no layer found for: {', '.join(left)}", highlight=False)
     return pairs
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from rich.console import Console
 
 from jbn._core.dtypes import reduction_dtype
 from jbn._core.errors import error
@@ -59,7 +60,7 @@ def proved(
             return new
         if not found:
             raise error("pairs", f"a sequence with {fault.got}", fault.expected, fault.fix)
-        print(f"not folded: {fault.got}")  # noqa: T201 - beside the pairs found, which are printed too
+        Console().out(f"not folded: {fault.got}", highlight=False)  # beside the pairs found, shown too
         pairs = [pair for pair in pairs if pair not in fault.pairs]
     return folded_model(variables, [])
 
