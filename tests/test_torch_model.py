@@ -1,10 +1,16 @@
 """A torchvision-shaped ResNet block into Flax and back: bit-equal arrays, the same outputs in evaluation."""
 
+import functools
+from typing import Any
+
+import chex
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import jbn.linen
 import jbn.nnx
@@ -12,6 +18,7 @@ import jbn.tools
 from tests.cases import assert_close, loosely
 from tests.folding import variables_of
 from tests.foreign import assert_same
+from tests.test_documentation import ROOT, blocks
 
 X = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
 VECTOR = X[0, 0, 0]
@@ -23,6 +30,7 @@ MAPPING = {
     "downsample.0": "Conv_2",
     "downsample.1": "BatchNorm_2",
 }
+WIDTH = 2
 
 
 class BasicBlock(nn.Module):
@@ -225,3 +233,97 @@ TEXTS = {
         "bn.state_dict() of one batch norm; one with track_running_stats=False has no statistics.",
     ),
 }
+
+
+class ResNet(nn.Module):
+    """With the names of Flax's ImageNet example, and few channels."""
+
+    sizes: tuple[int, ...]
+    bottleneck: bool
+
+    @nn.compact
+    def __call__(self, x):
+        norm = functools.partial(jbn.linen.BatchNorm, use_running_average=True)
+        x = nn.Conv(WIDTH, (7, 7), 2, 3, use_bias=False, name="conv_init")(x)
+        x = nn.max_pool(nn.relu(norm(name="bn_init")(x)), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        block = BottleneckResNetBlock if self.bottleneck else ResNetBlock
+        for layer, size in enumerate(self.sizes):
+            for i in range(size):
+                x = block(WIDTH * 2**layer, 2 if layer and not i else 1, norm)(x)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class ResNetBlock(nn.Module):
+    features: int
+    strides: int
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        conv = functools.partial(nn.Conv, use_bias=False)
+        y = nn.relu(self.norm()(conv(self.features, (3, 3), self.strides, 1)(x)))
+        y = self.norm()(conv(self.features, (3, 3), 1, 1)(y))
+        if x.shape != y.shape:
+            x = self.norm(name="norm_proj")(conv(self.features, (1, 1), self.strides, name="conv_proj")(x))
+        return nn.relu(x + y)
+
+
+class BottleneckResNetBlock(ResNetBlock):
+    @nn.compact
+    def __call__(self, x):
+        conv, features = functools.partial(nn.Conv, use_bias=False), 4 * self.features
+        y = nn.relu(self.norm()(conv(self.features, (1, 1))(x)))
+        y = nn.relu(self.norm()(conv(self.features, (3, 3), self.strides, 1)(y)))
+        y = self.norm()(conv(features, (1, 1))(y))
+        if x.shape != y.shape:
+            x = self.norm(name="norm_proj")(conv(features, (1, 1), self.strides, name="conv_proj")(x))
+        return nn.relu(x + y)
+
+
+def torchvision_state(sizes, bottleneck):
+    """The names and shapes of torchvision's ResNet, with few channels; values tell the batch norms apart."""
+    state = {}
+
+    def conv_bn(conv, bn, into, out, size):
+        state[f"{conv}.weight"] = np.zeros((out, into, size, size), np.float32)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{bn}.{name}"] = np.full(out, len(state), np.float32)
+        state[f"{bn}.num_batches_tracked"] = np.array(7)
+
+    conv_bn("conv1", "bn1", 3, WIDTH, 7)
+    into = WIDTH
+    for layer, size in enumerate(sizes):
+        width = WIDTH * 2**layer
+        convolutions = [(width, 1), (width, 3), (4 * width, 1)] if bottleneck else [(width, 3), (width, 3)]
+        for block in range(size):
+            before = into
+            for i, (out, kernel) in enumerate(convolutions):
+                name = f"layer{layer + 1}.{block}"
+                conv_bn(f"{name}.conv{i + 1}", f"{name}.bn{i + 1}", into, out, kernel)
+                into = out
+            if not block and (layer or bottleneck):
+                conv_bn(f"{name}.downsample.0", f"{name}.downsample.1", before, into, 1)
+    return state | {"fc.weight": np.zeros((10, into), np.float32), "fc.bias": np.zeros(10, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bottleneck"),
+    # The last has a block 10, which comes behind the block 9 and not behind the block 1.
+    [((2, 2, 2, 2), False), ((3, 4, 6, 3), True), ((1, 1, 11, 1), False)],
+    ids=["ResNet-18", "ResNet-50", "many blocks"],
+)
+def test_the_mapping_of_the_documentation_covers_the_resnets_of_torchvision(sizes, bottleneck):
+    page = ROOT / "docs/pages/migrate/torch.md"
+    (source,) = (block for block in blocks(page, "python") if "def resnet_mapping" in block)
+    exec(compile(source, page, "exec"), namespace := {})
+    state = torchvision_state(sizes, bottleneck)
+    state = {name: state[name] for name in sorted(state)}  # as safetensors keeps them
+    variables = jbn.tools.from_torch_state_dict(state, namespace["resnet_mapping"](state))
+    counted = flatten_dict(variables)
+    kept = unflatten_dict({path: leaf for path, leaf in counted.items() if path[-1] != "count"})
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    expected = jax.eval_shape(ResNet(sizes, bottleneck).init, jax.random.key(0), x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(kept, expected)
+    kind = "BottleneckResNetBlock" if bottleneck else "ResNetBlock"
+    order = [float(variables["params"][f"{kind}_{i}"]["BatchNorm_0"]["scale"][0]) for i in range(sum(sizes))]
+    assert order == sorted(set(order))
