@@ -1,7 +1,7 @@
 """Batch normalization for JAX that is right however the batch is cut.
 
-The functional door: pure functions over parameters and running statistics. The Flax layers are in
-`jbn.linen` and `jbn.nnx`, and `jbn.tools` is beside them: each is imported when it is first asked for.
+This module has pure functions over parameters and running statistics. The Flax layers are in `jbn.linen`
+and `jbn.nnx`, and tools for whole models in `jbn.tools`: each is imported when it is first asked for.
 """
 
 import importlib

@@ -27,10 +27,10 @@ def init(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Parameters and running statistics of a new batch norm: it starts as the identity.
 
-    They are the very collections that Flax keeps, so those of a Flax model go straight into `batch_norm`.
+    They are the dicts that Flax keeps, so those of a Flax model can be passed to `batch_norm` as they are.
 
     Args:
-      features: the number of channels, or a tuple with the sizes of several feature axes.
+      features: the number of channels, usually x.shape[-1], or a tuple of the sizes of several feature axes.
       use_scale: whether there is a scale (gamma).
       use_bias: whether there is a bias (beta).
       param_dtype: of scale and bias. Statistics are float32: in bfloat16 a running mean of 100 would never
@@ -159,7 +159,7 @@ def batch_norm(
     - A channel with no row in this batch, or with one, is not updated; y is then bias.
 
     Args:
-      params: a mapping with `scale`, `bias`, either or neither; None is neither. Each is [C], or has x's
+      params: a mapping with `scale` and `bias`, one of them or none; None is none. Each is [C], or has x's
         rank and broadcasts to x (conditional batch norm, arXiv 1707.00683).
       batch_stats: a mapping with `mean` and `var`, each [C], from `init`. None keeps none: x is then
         normalized by its batch in every mode.
@@ -179,11 +179,12 @@ def batch_norm(
         successive examples, along the first axis that is no feature axis, is normalized by itself. Groups
         stay on their device; the running statistics are updated once, by all rows of all devices together.
       renorm: batch renormalization towards the running statistics, `jbn.Renorm(r_max, d_max)` (Ioffe 2017,
-        arXiv 1702.03275); of each group by itself, with virtual_batch_size.
+        arXiv 1702.03275). With virtual_batch_size each group is renormalized by itself.
       blend: None, or a number or scalar array from 0 to 1: evaluation normalizes by the mean
-        `blend * running + (1 - blend) * batch`, and by the variance alike (test-time adaptation: Schneider et
-        al. 2020, arXiv 2006.16971). Nothing is stored; gradients flow through the batch's part; mask and
-        axis_name count as in training. A channel with no row has the running statistics alone.
+        `blend * running + (1 - blend) * batch`, and by the same mix of the variances (test-time adaptation:
+        Schneider et al. 2020, arXiv 2006.16971). Nothing is stored; gradients flow through the batch's
+        part; mask and axis_name work as in training. A channel with no row is normalized by its running
+        statistics alone.
 
       How they are remembered:
       momentum: weighs the OLD statistics, `new = momentum * old + (1 - momentum) * batch`; from 0 to 1,
@@ -193,26 +194,27 @@ def batch_norm(
         rows of all devices that take part.
       debias: whether evaluation (and renorm) divides out what is left of the initial 0 and 1:
         `mean / (1 - momentum^count)`, `(var - momentum^count) / (1 - momentum^count)` (Kingma and Ba 2014,
-        arXiv 1412.6980, section 3). After one update it uses that batch's statistics, to the rounding of
-        what is stored over 1 - momentum. Needs `count`.
+        arXiv 1412.6980, section 3). After one update it uses that batch's statistics; the rounding error
+        of the stored ones is divided by 1 - momentum. Needs `count`.
       skip_nonfinite: whether a batch whose statistics hold NaN or inf in any channel updates nothing, on all
         devices that normalize together.
 
       What happens after:
-      residual: added to y; x's rank, and broadcasts to x. Taken in y's dtype, and not masked: what it holds
-        where x is masked, is added too.
-      activation: "relu" gives `relu(y + residual)`: the values and gradients of the separate operations, of
-        which the backward pass keeps nothing but the result.
+      residual: added to y; x's rank, and broadcasts to x. It is cast to y's dtype, and not masked: it is
+        added where x is masked too.
+      activation: "relu" gives `relu(y + residual)`, with the values and gradients of the separate
+        operations. Of these the backward pass keeps nothing but the result.
       dtype: of y; None: x's.
-      return_moments: whether the moments of the batch are returned too, over devices and without masked
-        entries, in evaluation as well: those that training has measured in any case. Differentiable.
+      return_moments: whether the moments of the batch are returned too, in training and in evaluation: over
+        all devices, and without masked entries. Training measures them in any case. Differentiable.
 
     Returns:
-      y, of x's shape, and batch_stats of the same structure, shapes and dtypes as they came; with
+      y, of x's shape, and the new batch_stats, with the structure, shapes and dtypes of the given ones; with
       return_moments also the batch's `jbn.Moments`.
 
     Raises:
-      ValueError: an argument that does not fit, or not with another, and one value per channel in training.
+      ValueError: an argument that does not fit, or does not go with another; one value per channel in
+        training.
       NameError: an axis name that nothing binds, in training.
 
     Example:

@@ -75,7 +75,7 @@ def moments(
         non-feature axes (`[N]`, `[N, T]`). Entries with 0 or False take no part, whatever they hold.
 
     Returns:
-      `Moments`, one value per channel; of no rows: count, mean and var 0.
+      `Moments`, one value per channel; without rows, count, mean and var are 0.
 
     Raises:
       ValueError: an axis, a mask or groups that do not fit x.
@@ -105,7 +105,7 @@ def merge(*moments: Moments) -> Moments:
 
         mean = sum(n_i mean_i) / n,  var = sum(n_i (var_i + (mean_i - mean)^2)) / n,  n = sum(n_i)
 
-    Exact for unequal counts, associative and commutative to rounding; count 0 is the identity.
+    Exact for unequal counts; associative and commutative up to rounding; moments with count 0 change nothing.
 
     Args:
       *moments: one or more, of the same shape.

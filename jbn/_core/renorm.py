@@ -30,7 +30,7 @@ class Renorm:
     Attributes:
       r_max: from 1 up; inf is no limit.
       d_max: from 0 up.
-      r_min: from 0 to 1; None is 1 / r_max. TensorFlow and Keras have a limit of its own here, `rmin`.
+      r_min: from 0 to 1; None is 1 / r_max. TensorFlow and Keras set it separately, as `rmin`.
 
     Example:
       >>> import jax.numpy as jnp, jbn, optax

@@ -36,14 +36,14 @@ def update(
 
         new = momentum * old + (1 - momentum) * batch
 
-    `momentum` weighs the OLD value, as in Flax (PyTorch's 0.1 is 0.9 here). A channel of which the batch has
-    no row keeps its statistics.
+    `momentum` weighs the OLD value, as in Flax (PyTorch's 0.1 is 0.9 here). A channel that has no row
+    in the batch keeps its statistics.
 
     Args:
       batch_stats: `mean` and `var`, as from `jbn.init`, and `count` and `rows` if it has them.
       moments: of the batch, as from `jbn.moments`.
-      momentum: from 0 (the batch replaces the old) to 1 (the old stays); may be a traced scalar. None is
-        cumulative: the statistics of all rows so far, pooled as in `jbn.merge`; needs `rows`.
+      momentum: from 0 (the batch replaces the old value) to 1 (the old value stays); may be a traced
+        scalar. None is cumulative: the statistics of all rows so far, pooled as in `jbn.merge`; needs `rows`.
       unbiased: whether the variance that is stored is multiplied by n / (n - 1).
       skip_nonfinite: whether moments with NaN or inf in any channel update nothing.
 

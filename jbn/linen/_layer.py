@@ -39,7 +39,7 @@ class BatchNorm(nn.Module):
     var) and output dtypes: changing the import is the whole migration, and checkpoints load. In training the
     statistics are the batch's, over every axis but `axis` and over `axis_name`, and the running ones are
     updated (make `batch_stats` mutable); in evaluation they are the running ones.
-    Where Flax is wrong it differs, among others in these points (the documentation's page on it lists all):
+    It differs where Flax is wrong. These are the main points (the documentation's page on Flax lists all):
 
     - Statistics are accurate: N(1e4, 1) has variance 1, where E[x^2] - E[x]^2 in float32 says 0 to 24.
     - Masked entries take no part at all, whatever they hold, and counts are over all devices. A mask may
@@ -55,7 +55,7 @@ class BatchNorm(nn.Module):
       dtype: of y; None: the one that x, scale and bias promote to.
       param_dtype: of scale and bias.
       use_bias: whether there is a bias (beta).
-      use_scale: whether there is a scale (gamma); a linear layer behind makes it superfluous.
+      use_scale: whether there is a scale (gamma); a linear layer that follows makes it superfluous.
       bias_init: initializer of bias.
       scale_init: initializer of scale.
       axis_name: the mapped axis or axes (of `vmap`, `pmap`, `shard_map`) over which the batch is cut. Needed
@@ -67,22 +67,22 @@ class BatchNorm(nn.Module):
       mean_init: initializer of the running mean.
       var_init: initializer of the running variance.
       frozen: uses the running statistics, writes nothing, and gives no gradient to scale and bias, whatever
-        the mode. Weight decay still moves scale and bias: the labels of `jbn.tools.freeze` keep it away.
+        the mode. Weight decay still moves scale and bias: the labels of `jbn.tools.freeze` prevent that.
       unbiased: whether the variance that is stored is multiplied by n / (n - 1).
       debias: whether evaluation divides out what is left of the initial 0 and 1.
       skip_nonfinite: whether a batch whose statistics hold NaN or inf updates nothing.
-      virtual_batch_size: examples that are normalized together (ghost batch norm).
+      virtual_batch_size: how many examples are normalized together (ghost batch norm).
       renorm: limits of batch renormalization.
       activation: "relu" gives `relu(y + residual)`.
-      blend: evaluation by `blend * running + (1 - blend) * batch` statistics; nothing is stored. That of
-        frozen layers too.
+      blend: evaluation by `blend * running + (1 - blend) * batch` statistics, in frozen layers too; nothing
+        is stored.
 
-    The last seven are explained at `jbn.batch_norm`. `momentum=None` and `debias` add `count` and `rows` to
-    the collection `batch_stats`, and need a checkpoint that has them.
+    `jbn.batch_norm` explains the last seven. `momentum=None` and `debias` add `count` and `rows` to the
+    collection `batch_stats`, and a checkpoint has to hold these too.
 
-    If `mutable` names the collection `batch_moments`, the layer leaves the batch's `jbn.Moments` there,
-    merged with those that are there already: reports and gradient accumulation read them. In evaluation
-    too, with their gradients, for losses on the statistics of each layer's input.
+    If `mutable` names the collection `batch_moments`, the layer merges the batch's `jbn.Moments` into those
+    that are there: reports and gradient accumulation read them. It does so in evaluation too, and they have
+    gradients, for losses on the statistics of each layer's input.
 
     Example:
       >>> import jax, jax.numpy as jnp, jbn.linen
@@ -135,7 +135,7 @@ class BatchNorm(nn.Module):
 
         Args:
           x: any shape of at least one axis.
-          use_running_average: True in evaluation, False in training, if the constructor did not say.
+          use_running_average: True in evaluation, False in training; if the constructor does not set it.
           mask: bool, or weights from 0 up: x's rank and broadcastable to x, or aligned with x's leading
             non-feature axes (`[N]`, `[N, T]`).
           residual: added to y, before `activation`; x's rank, and broadcasts to x.

@@ -86,15 +86,15 @@ def replace_batch_norm(
 
     Models that somebody else wrote get accurate, masked or synchronized batch norm with no edit. Parameters,
     statistics, modes and settings stay as they are, except for the overrides, which reach layers that are
-    `jbn.linen.BatchNorm` already too; an override of `use_running_average` counts for more than what the
+    `jbn.linen.BatchNorm` already too; an override of `use_running_average` has precedence over what the
     model says in its calls. Subclasses of these layers, and all others, are left alone. Contexts nest, inner
     overrides first, and hold for one thread.
 
     What `jax.jit` has compiled outside is traced again inside, once for each set of overrides.
 
     Args:
-      where: which layers: a glob on their path, as `"backbone/*"`, in which `*` crosses `/`, or a predicate
-        of the path; None: all.
+      where: which layers: a glob on their path, such as `"backbone/*"`, in which `*` crosses `/`, or a
+        predicate of the path; None: all.
       classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables,
         and those of its fields that have a name of ours. Their subclasses are left alone.
       **overrides: fields of `jbn.linen.BatchNorm` that get these values in the layers.
@@ -103,11 +103,11 @@ def replace_batch_norm(
       A context manager.
 
     Raises:
-      ValueError: an override that is no field of the layer, a `where` or `classes` of another kind.
+      ValueError: an override that is no field of the layer; a `where` or `classes` of a wrong kind.
 
     Warns:
-      UserWarning: modules ran inside, and none of them was a batch norm that is meant. Those of a function
-        that `jax.jit` has compiled already do not show.
+      UserWarning: modules ran inside, and none of them was a batch norm to replace. Modules in a function
+        that `jax.jit` has compiled already are not seen.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.linen

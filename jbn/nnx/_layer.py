@@ -30,9 +30,8 @@ class BatchNorm(nnx.Module):
         mean = E[x],  var = E[|x - mean|^2],  y = scale * (x - mean) / sqrt(var + epsilon) + bias
 
     The same constructor and call arguments, defaults, variables (`nnx.Param` scale and bias, `nnx.BatchStat`
-    mean and var) and output dtypes: changing the import is the whole migration, and checkpoints load. What
-    differs from Flax is listed on the documentation's page on it, and the main points at
-    `jbn.linen.BatchNorm`.
+    mean and var) and output dtypes: changing the import is the whole migration, and checkpoints load. The
+    documentation's page on Flax lists what differs from it, and `jbn.linen.BatchNorm` the main points.
 
     Args:
       num_features: the number of channels.
@@ -45,7 +44,7 @@ class BatchNorm(nnx.Module):
       dtype: of y; None: the one that x, the statistics, scale and bias promote to.
       param_dtype: of scale and bias.
       use_bias: whether there is a bias (beta).
-      use_scale: whether there is a scale (gamma); a linear layer behind makes it superfluous.
+      use_scale: whether there is a scale (gamma); a linear layer that follows makes it superfluous.
       bias_init: initializer of bias.
       scale_init: initializer of scale.
       axis_name: the mapped axis or axes (of `vmap`, `pmap`, `shard_map`) over which the batch is cut. Needed
@@ -59,23 +58,23 @@ class BatchNorm(nnx.Module):
       mean_init: initializer of the running mean; None: zeros.
       var_init: initializer of the running variance; None: ones.
       frozen: uses the running statistics, writes nothing, and gives no gradient to scale and bias, whatever
-        the mode. Weight decay still moves scale and bias: the labels of `jbn.tools.freeze` keep it away.
+        the mode. Weight decay still moves scale and bias: the labels of `jbn.tools.freeze` prevent that.
       unbiased: whether the variance that is stored is multiplied by n / (n - 1).
       debias: whether evaluation divides out what is left of the initial 0 and 1.
       skip_nonfinite: whether a batch whose statistics hold NaN or inf updates nothing.
-      virtual_batch_size: examples that are normalized together (ghost batch norm).
-      renorm: limits of batch renormalization; for a schedule they are scalar arrays from the start on. NNX
+      virtual_batch_size: how many examples are normalized together (ghost batch norm).
+      renorm: limits of batch renormalization; for a schedule pass scalar arrays from the start. NNX
         cannot write into them: update a model with `nnx.state(model, nnx.Variable)`.
       activation: "relu" gives `relu(y + residual)`.
-      blend: evaluation by `blend * running + (1 - blend) * batch` statistics; nothing is stored. That of
-        frozen layers too.
+      blend: evaluation by `blend * running + (1 - blend) * batch` statistics, in frozen layers too; nothing
+        is stored.
 
-    The last seven are explained at `jbn.batch_norm`. `momentum=None` and `debias` add the variables `count`
-    and `rows`, which a checkpoint has to have: a count of 0 says that the statistics are the initial ones.
+    `jbn.batch_norm` explains the last seven. `momentum=None` and `debias` add the variables `count` and
+    `rows`, which a checkpoint has to hold: a count of 0 says that the statistics are the initial ones.
 
-    After `jbn.nnx.keep_batch_moments(model)` the layer leaves the batch's `jbn.Moments` in the variable
-    `batch_moments`, merged with those that are there, for recalibration and gradient accumulation; in
-    evaluation too, for losses on the statistics of each layer's input.
+    After `jbn.nnx.keep_batch_moments(model)` the layer merges the batch's `jbn.Moments` into the variable
+    `batch_moments`, for recalibration and gradient accumulation. It does so in evaluation too, for losses on
+    the statistics of each layer's input.
 
     Example:
       >>> import jax.numpy as jnp, jbn.nnx

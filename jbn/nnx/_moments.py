@@ -8,7 +8,7 @@ from jbn._core.moments import Moments
 class BatchMoments(nnx.BatchStat[Moments]):
     """The moments of a layer's batches: the counterpart of linen's collection `batch_moments`.
 
-    A filter for them, as `nnx.BatchStat`, whose subclass it is, is one for all statistics.
+    As a filter it selects these alone. `nnx.BatchStat`, its base class, selects all statistics.
 
     Example:
       >>> import jbn.nnx

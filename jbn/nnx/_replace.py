@@ -27,7 +27,7 @@ def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
     """Gives every batch norm of a model a variable for the moments of its batches, with no rows in it yet.
 
     Args:
-      model: whose layers `jbn.nnx.BatchNorm` are changed.
+      model: its layers of the class `jbn.nnx.BatchNorm` are changed in place.
       keep: False takes the variables away again.
 
     Example:
@@ -52,14 +52,14 @@ def replace_batch_norm(
     """Makes every `flax.nnx.BatchNorm` of a model a `jbn.nnx.BatchNorm`, in place.
 
     Models that somebody else wrote get accurate, masked or synchronized batch norm with no edit. The layers
-    are changed in place, wherever in the model they are held, and share their variables, modes and settings
-    with what they were, except for the overrides. Those that are `jbn.nnx.BatchNorm` already get the
-    overrides too. Subclasses, and all other layers, are left alone.
+    are changed in place, wherever the model holds them, and keep their variables, modes and settings, except
+    for the overrides. Layers that are `jbn.nnx.BatchNorm` already get the overrides too. Subclasses, and all
+    other layers, are left alone.
 
     Args:
       model: any NNX module, a single batch norm included; it is changed.
-      where: which layers: a glob on their path, as `"backbone/*"`, in which `*` crosses `/`, or a predicate
-        of the path; None: all. A layer that is held in several places has the first of its paths.
+      where: which layers: a glob on their path, such as `"backbone/*"`, in which `*` crosses `/`, or a
+        predicate of the path; None: all. A layer that is held in several places has the first of its paths.
       classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables
         and attributes. Their subclasses are left alone.
       **overrides: attributes of `jbn.nnx.BatchNorm` that get these values in the layers.
@@ -68,10 +68,10 @@ def replace_batch_norm(
       The model that was given.
 
     Raises:
-      ValueError: an override that is no attribute of the layer, a `where` or `classes` of another kind.
+      ValueError: an override that is no attribute of the layer; a `where` or `classes` of a wrong kind.
 
     Warns:
-      UserWarning: no module of the model was a batch norm that is meant.
+      UserWarning: the model has no batch norm that `where` and `classes` select.
 
     Example:
       >>> import jax.numpy as jnp, jbn.nnx

@@ -1,4 +1,4 @@
-"""Tools for the life of a model: pure functions over variables, of linen and of NNX alike."""
+"""Tools for whole models: pure functions over linen variables and NNX modules alike."""
 
 from jbn.tools._convert.equinox import from_equinox as from_equinox
 from jbn.tools._convert.equinox import to_equinox as to_equinox

@@ -13,7 +13,7 @@ from jbn.tools._models import Variables, as_dicts, batch_norms, unflatten_like
 def weight_decay_mask(variables: Variables) -> Any:
     """False for scale and bias of batch norms, True for all other parameters: the mask of `optax.adamw`.
 
-    Decay of a scale shrinks what the next layer sees and nothing else, so that many recipes leave it out.
+    Decay of a scale shrinks what the next layer sees and does nothing else, so many recipes leave it out.
 
     Args:
       variables: linen variables with `params` and `batch_stats`, or an NNX module.
@@ -41,7 +41,7 @@ def freeze(variables: Variables) -> Any:
 
         optax.multi_transform({"trainable": optax.adam(1e-3), "frozen": optax.set_to_zero()}, labels)
 
-    That holds scale and bias still; `frozen=True` in the layer holds its statistics still too.
+    Scale and bias then stay as they are; with `frozen=True` in the layer, its statistics do too.
 
     Args:
       variables: linen variables with `params` and `batch_stats`, or an NNX module.

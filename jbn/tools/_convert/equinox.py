@@ -27,7 +27,7 @@ def from_equinox(state: Mapping[str, Any], *, momentum: float) -> tuple[dict[str
     - In mode="batch" Equinox evaluates with mean and var over 1 - momentum**counter, and these quotients
       become mean and var. (Equinox starts var at 1, so its quotient is too large while counter is small.)
       `counter` becomes `count`, int32. In further training the next batch weighs 1 - momentum here; in
-      Equinox it weighs more while counter is small. Evaluate without `debias`: it has been done.
+      Equinox it weighs more while counter is small. Evaluate without `debias`: they are debiased already.
     - In mode="ema" it evaluates with mean and var as they are, and there is no count. In training it
       normalizes by them too, where we normalize by the batch.
     - It stores the biased variance, and momentum weighs the OLD statistics, both as here.

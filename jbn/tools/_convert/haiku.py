@@ -29,7 +29,7 @@ def from_haiku(
     - Haiku stores the biased variance, as here.
     - Its decay_rate weighs the OLD statistics, as momentum here, and has no default; eps is 1e-5, as here.
     - `counter` becomes `count`, int32. In further training the next batch weighs 1 - momentum here; in Haiku
-      it weighs more while the counter is small. Evaluate without `debias`: average has that done already.
+      it weighs more while the counter is small. Evaluate without `debias`: average is debiased already.
 
     Args:
       params: scale and offset as far as the layer has them, [1, .., 1, C] or [1, C, 1, .., 1].

@@ -35,8 +35,8 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
     - "equinox": axis_name, mode, momentum=0.99, eps=1e-5, channelwise_affine=True. Only mode="batch" has a
       counterpart: "ema" normalizes by the running statistics in training too.
 
-    What is not given has the library's default, as above. PyTorch and Equinox have no setting for the feature
-    axis, so the result has no `axis`: add that of your x.
+    A setting that is not given has the library's default, as above. PyTorch and Equinox have no setting for
+    the feature axis, so the result has no `axis`: add that of your x.
 
     Args:
       library: "torch", "keras", "haiku" or "equinox".

@@ -21,7 +21,7 @@ def from_torch(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Ar
     Arrays keep their values and dtypes, and evaluation gives the same outputs (`axis=1` for NCHW).
 
     - PyTorch stores the unbiased variance, n / (n - 1) times that of the batch, and evaluates with it as it
-      is; so do we with what comes over.
+      is. So does jbn with the converted variance.
     - Its momentum weighs the NEW batch: 0.1 is 0.9 here. Its eps is 1e-5, as here. See `settings_from`.
     - `num_batches_tracked` becomes `count`, int32; a state without it gives none. PyTorch uses it with
       momentum=None only.

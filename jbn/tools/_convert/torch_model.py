@@ -35,11 +35,11 @@ def from_torch_state_dict(
     - Conv, of any number of spatial axes, grouped or not: OIHW becomes HWIO.
     - Dense (Linear): [out, in] becomes [in, out].
 
-    Only arrays are converted. What the model does with them is yours to match:
+    Only arrays are converted. Match yourself what the model does with them:
 
     - `Conv(padding=1)` in PyTorch pads both sides by 1; with strides, Flax's "SAME" does not.
     - epsilon and momentum: `settings_from`.
-    - A Dense behind a flattened image: PyTorch flattens [C, H, W], Flax [H, W, C]. Move the channels first.
+    - A Dense after a flattened image: PyTorch flattens [C, H, W], Flax [H, W, C]. Move the channels first.
     - ConvTranspose, Embedding and DenseGeneral are not converted, and cannot always be told from Conv and
       Dense by their arrays: do not map them.
 
@@ -55,8 +55,8 @@ def from_torch_state_dict(
       of the same values and dtypes.
 
     Raises:
-      ValueError: entries that no module of the mapping has, modules without an entry, or of another kind, the
-        first of them by name.
+      ValueError: entries that no module of the mapping has; modules without an entry, or of another kind. The
+        first of them are named.
 
     Example:
       >>> import numpy as np, jax, jbn.tools
@@ -125,14 +125,14 @@ def torch_state_dict(
     Args:
       variables: linen variables with `params` and `batch_stats` only, or an NNX module.
       mapping: as for `from_torch_state_dict`.
-      prefix: what each name shall begin with, before what the mapping says.
+      prefix: what each name begins with, before what the mapping says.
 
     Returns:
       NumPy arrays, copies, by name.
 
     Raises:
-      ValueError: leaves that no module of the mapping has, modules without a leaf, or of another kind, the
-        first of them by name.
+      ValueError: leaves that no module of the mapping has; modules without a leaf, or of another kind. The
+        first of them are named.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, jbn.tools

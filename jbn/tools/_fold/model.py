@@ -27,7 +27,8 @@ def fold_variables(
     """Folds batch norms of a model into the layers before them, and proves that the outputs stay.
 
     The layers get the kernels of `fold`, and each folded batch norm becomes the identity: mean 0, var 1,
-    scale 1, bias 0. So the model keeps its structure and its code. Exactly:
+    scale 1, bias 0. So a model of linen or NNX keeps its structure and its code. If its variables are
+    constants of a compiled program, XLA removes the identity. Exactly:
 
     - The batch norm still divides by sqrt(1 + epsilon). Its scale becomes that, and without a scale the
       kernel and bias of the layer are multiplied by it. The variance is 1.
@@ -37,37 +38,39 @@ def fold_variables(
 
     With pairs=None they are found: `call(variables, x)` is traced, nothing is computed, and a batch norm
     belongs to the layer whose output is its input, with nothing between. Each pair found is printed, and
-    each batch norm without one. Found are Dense, DenseGeneral, Conv and ConvTranspose of linen, Linear,
+    each batch norm without a pair. Found are Dense, DenseGeneral, Conv and ConvTranspose of linen, Linear,
     LinearGeneral, Conv and ConvTranspose of NNX, and the batch norms of Flax and jbn. Left out are layers
-    and batch norms that run more than once or share weights, or that `nn.scan` or `nn.vmap` stacks, layers
-    whose output a second of them takes, batch norms over other axes, and pairs that `jit` parts.
+    and batch norms that run more than once, share weights, or are stacked by `nn.scan` or `nn.vmap`; layers
+    whose output goes to a second layer or batch norm; batch norms over other axes; and pairs of which one
+    part is inside a `jit` and the other outside.
 
     The proof: `call` is evaluated on random input like x before and after, at full matrix precision. No
     output may move by more than 1e-5 of the largest one, or 4 epsilons of the coarsest dtype that the layers
-    store or compute in. And it must move by more if a batch norm gets other values, or else the outputs do
-    not show the pair, and prove nothing. Of the pairs found, those not proved are printed and left out.
+    store or compute in. And an output must move by more if a batch norm gets other values: otherwise no
+    output depends on the pair, and they prove nothing. Pairs that were found and cannot be proved are printed
+    and left out.
 
     Without `call` each pair is proved by itself: the kernel is contracted with random patches, and batch norm
-    follows. That cannot show that a layer's output is used elsewhere too, or that epsilon is another, or that
-    the layers have `debias=True`: then give it what `jbn.tools.debias` returns.
+    follows. That cannot show that a layer's output is used elsewhere too, that epsilon has another value, or
+    that the layers have `debias=True`: for these pass what `jbn.tools.debias` returns.
 
     Args:
-      variables: linen variables, `{"params": ..., "batch_stats": ...}`, or an NNX module. Never written. The
-        proof needs values: not inside of `jit`.
-      pairs: of the paths of a layer and of its batch norm, each like "block/Conv_0" or ("block", "Conv_0").
+      variables: linen variables, `{"params": ..., "batch_stats": ...}`, or an NNX module; not changed. The
+        proof needs values, so it cannot run under `jit`.
+      pairs: the paths of a layer and of its batch norm, each like "block/Conv_0" or ("block", "Conv_0").
       call: the model in evaluation, such as `lambda variables, x: model.apply(variables, x, train=False)`.
-        An NNX module is put into evaluation mode before, and if there is an x, is itself the default.
+        An NNX module is put into evaluation mode first, and, if there is an x, is itself the default.
       x: an example input of `call`, an array or a tree of them. What floating leaves hold does not matter;
         integers are drawn from the range of a leaf, or, where all are the same, from 0 up.
-      epsilon: that of the batch norms which `call` did not run; the others know theirs.
-      axis: as in `fold`, for layers which `call` did not run.
+      epsilon: of the batch norms that `call` does not run; the others have their own.
+      axis: as in `fold`, for layers that `call` does not run.
 
     Returns:
       variables of the same structure, or a new NNX module.
 
     Raises:
       ValueError: pairs that the model does not have or that do not fit; named pairs whose folding changes the
-        outputs, or that the outputs do not show; a `call` without floating outputs.
+        outputs, or on which no output depends; a `call` without floating outputs.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.tools

@@ -72,10 +72,11 @@ def plot(
 
     With moments of a batch the left panel shows mean drift and the right one variance drift, both as in
     `report`, and a layer is orange where its drift is above 0.5. Without moments there are three panels: the
-    running mean, the running variance and |scale|. What is wrong stands above, as below the printed report.
+    running mean, the running variance and |scale|. Sentences above the panels say what is wrong,
+    as those below the printed report do.
 
-    An axis of means that goes beyond 5 is linear from -1 to 1 and logarithmic outside: one layer that is far
-    off leaves the others legible.
+    An axis of means that goes beyond 5 is linear from -1 to 1 and logarithmic outside, so that one layer that
+    is far off leaves the others legible.
 
     Args:
       model: a `Report`, linen variables, or an NNX module.

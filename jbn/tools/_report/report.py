@@ -24,7 +24,7 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
     """A table of every batch norm of a model; with moments of a batch, why evaluation differs from training.
 
     y_run is y by the running statistics, as in evaluation, and y_batch by those of the batch, as in training.
-    Per channel, with rows of mean and variance `batch`, i_run = 1 / sqrt(var_run + epsilon), i_batch alike:
+    Per channel, with i_run = 1 / sqrt(var_run + epsilon), and i_batch alike by the variance of the batch:
 
         mean drift     = (mean_run - mean_batch) * i_batch, in standard deviations of the batch
         variance drift = log2((var_run + epsilon) / (var_batch + epsilon))
@@ -42,7 +42,7 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
 
     - A batch of n independent rows has mean drifts of 1 / sqrt(n) by chance: merge enough of them.
     - Channels without rows (`count` 0) have no drift; NaN and inf are counted, and take no further part.
-    - Of layers with `debias=True` pass what `jbn.tools.debias` returns, which is what they evaluate with.
+    - For layers with `debias=True` pass what `jbn.tools.debias` returns: they evaluate with that.
     - Of stacked layers (`nn.scan`, `nn.vmap`), with statistics [L, C], every one of the L * C is a channel.
 
     Args:
@@ -60,7 +60,7 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
       and then the largest drift.
 
     Raises:
-      ValueError: no batch norm, moments of another model, traced or abstract arrays.
+      ValueError: no batch norm; moments of another model; traced or abstract arrays.
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp, jbn.linen, jbn.tools

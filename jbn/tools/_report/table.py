@@ -36,9 +36,9 @@ _LEGEND = (
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """Every batch norm of a model: `print` shows it in 100 columns, and `rich.print` in colours too.
+    """Every batch norm of a model: `print` shows it in 100 columns, and `rich.print` in colors too.
 
-    There layers that are far off, or hold NaN or inf, are red; those that are dead in part or new are yellow.
+    Layers that are far off, or hold NaN or inf, are red; those with dead channels or no update are yellow.
 
     Attributes:
       rows: one `LayerReport` per batch norm, worst first if a drift is known.
@@ -72,7 +72,7 @@ class Report:
 
     @names_errors
     def to_csv(self, file: str | os.PathLike[str] | TextIO | None = None) -> str:
-        """The rows as CSV, one column per attribute of `LayerReport`; what is None is empty.
+        """The rows as CSV, one column per attribute of `LayerReport`; None is an empty field.
 
         Args:
           file: a path, or an open text file, that gets the text too.
@@ -100,7 +100,7 @@ class Report:
 
     @names_errors
     def to_dict(self, prefix: str = "") -> dict[str, float]:
-        """The numbers of all rows by one name each, as loggers of training take them, W&B and TensorBoard.
+        """The numbers of all rows, each under a name of its own, for loggers such as W&B and TensorBoard.
 
         Args:
           prefix: what each name begins with, such as `"batch_norm/"`.
@@ -110,7 +110,7 @@ class Report:
           the path, "/" and the attribute; without path and "/" if the model is one batch norm.
 
         Raises:
-          ValueError: a prefix that is no text.
+          ValueError: a prefix that is no string.
 
         Example:
           >>> import jbn, jbn.tools
@@ -199,7 +199,7 @@ def _table(rows: Sequence[LayerReport], columns: Mapping[str, list[str]]) -> str
 
 
 def _rich_table(rows: Sequence[LayerReport], columns: Mapping[str, list[str]]) -> Table:
-    """The same in colours."""
+    """The same in colors."""
     filled = {head: cells for head, cells in columns.items() if any(cells)}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")

@@ -31,15 +31,15 @@ def apply_moments(
     unbiased: bool = False,
     skip_nonfinite: bool = False,
 ) -> Model:
-    """One update of every batch norm by moments of its batch, whatever micro-batches it came in.
+    """One update of every batch norm by the moments of a whole batch, which came in micro-batches.
 
         new = momentum * old + (1 - momentum) * batch
 
-    This is how gradients are accumulated over K micro-batches with one update of the statistics, that of the
-    whole batch: call the model with `update_batch_stats=False`, or drop its `batch_stats`, keep
-    `batch_moments` from call to call, in which each layer merges what it sees, and apply them once at the
-    end. (Each micro-batch is still normalized by itself.) The next K begin without moments: those in the
-    variables are taken out by this call; those that you keep elsewhere, as below, you drop yourself.
+    To accumulate gradients over K micro-batches, with one update of the statistics: call the model with
+    `update_batch_stats=False`, or drop the new `batch_stats`. Keep `batch_moments` from call to call, where
+    each layer merges the moments of its batches, and apply them once at the end. (Each micro-batch is still
+    normalized by itself.) The next K begin without moments: this call takes out those in the variables. If
+    you keep moments elsewhere, as below, drop them yourself.
     Stacked layers (`nn.scan`, `nn.vmap`) need `'batch_moments': 0` in `variable_axes`, as for `batch_stats`.
 
     Args:
@@ -49,9 +49,10 @@ def apply_moments(
         `jbn.Moments`; None: those in variables.
       momentum: that of the layers, which this call cannot see: pass it if it is not 0.99, their default.
         From 0 (the batch replaces the old) to 1; may be a traced scalar. None is cumulative.
-      unbiased: that of the layers too, like the next one: as in `jbn.update`.
-      skip_nonfinite: whether moments with NaN or inf leave the statistics of their layer as they are; those
-        of all layers of a stack, if they keep no `count` that would tell how many these are.
+      unbiased: that of the layers, as in `jbn.update`.
+      skip_nonfinite: that of the layers: whether moments with NaN or inf leave the statistics of their layer
+        as they are. In a stack of layers that keeps no `count`, which would tell how many there are, those of
+        all its layers.
 
     Returns:
       A model of the same kind with new `batch_stats`. Layers without moments, or with no rows in them, keep

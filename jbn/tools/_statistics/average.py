@@ -35,13 +35,13 @@ _REPLICAS = "Pass batch_stats as pmap or vmap returns it, with the axis of the d
 
 @names_errors
 def merge_replicas(batch_stats: Stats, axis: int = 0) -> Stats:
-    """Running statistics of several devices that did not synchronise, as one: for evaluation or a checkpoint.
+    """Merges running statistics of devices that did not synchronize, for evaluation or a checkpoint.
 
         mean = E[mean_i],  var = E[var_i + (mean_i - mean)^2]
 
-    Replicas weigh by their `rows`, and all the same where there are none. The spread of the means counts:
-    averaging the variances alone is too small. Of layers with `debias=True` merge what `jbn.tools.debias`
-    returns: the initial 0 and 1 belong to no replica.
+    Replicas weigh by their `rows`, or equally if they keep none. The spread of the means is part of the
+    variance: the average of the variances alone is too small. For layers with `debias=True` merge what
+    `jbn.tools.debias` returns: the initial 0 and 1 belong to no replica.
     Under `jit` the replicas may be sharded over devices, along explicit mesh axes too.
 
     Args:
@@ -139,8 +139,8 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
 
     Averaged parameters go with averaged statistics, not with the latest and not with the initial ones.
     Integers and random keys are taken from `new`, and so are the counters `count` and `rows` of batch norms.
-    Computed in float32 or wider; each array keeps its dtype. Of layers with `debias=True` average what
-    `jbn.tools.debias` returns for either model.
+    Computed in float32 or wider; each array keeps its dtype. For layers with `debias=True` average what
+    `jbn.tools.debias` returns for both models.
 
     Args:
       average: linen variables, an NNX module, or any tree of arrays; not changed.

@@ -18,27 +18,27 @@ Model = TypeVar("Model", bound=Variables)
 def debias(
     variables: Model, *, momentum: float | Mapping[Path, float] | Mapping[str, float] | None = None
 ) -> Model:
-    """A model whose statistics are those that its layers, with `debias=True`, evaluate with.
+    """A model with the statistics that its layers, with `debias=True`, use in evaluation.
 
         mean / (1 - momentum^count),  (var - momentum^count) / (1 - momentum^count)
 
-    For everything that reads statistics and does not know how the layers are set: `fold`, `to_torch` and its
-    like, `report`, or a model without `debias`. `count` becomes 2^30, as after updates without end, so that
-    layers with `debias=True` compute what they did, and debiasing twice changes nothing.
+    For everything that reads statistics without knowing the settings of the layers: `fold`, `to_torch` and
+    the like, `report`, or a model without `debias`. `count` becomes 2^30, as after endless updates, so layers
+    with `debias=True` still compute the same, and debiasing twice changes nothing.
 
     Args:
       variables: linen variables or an NNX module; not changed.
       momentum: of the layers with a `count`: a number for all of them, or a mapping from the path of each
-        that is debiased, `"block/bn"` or `("block", "bn")`. An NNX module knows those of its layers, and
-        which of them have `debias=True`; for it, None takes these.
+        that is debiased, `"block/bn"` or `("block", "bn")`. None is for an NNX module, which knows
+        the momentum of its layers, and which of them have `debias=True`.
 
     Returns:
       A model of the same kind with new `mean`, `var` and `count`; a batch norm before its first update keeps
       what it has.
 
     Raises:
-      ValueError: a model without batch norm, a path to none or to one without a `count`, a momentum that is
-        missing or no number from 0 to 1.
+      ValueError: a model without batch norm; a path to no batch norm, or to one without a `count`; a
+        momentum that is missing or no number from 0 to 1.
 
     Example:
       >>> import jax.numpy as jnp, jbn, jbn.tools

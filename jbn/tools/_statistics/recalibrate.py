@@ -52,9 +52,9 @@ def recalibrate(
         mean = sum(n_i mean_i) / n,  var = sum(n_i (var_i + (mean_i - mean)^2)) / n
 
     The model runs in training mode, so that each layer sees what the layers before it give in training, and
-    each layer's moments are pooled by count: unequal batches, masked ones and several devices weigh as their
-    rows do. The statistics that the model had before play no part, NaN among them: twice gives the same as
-    once. The variance is biased.
+    each layer's moments are pooled by count: unequal batches, masked batches and several devices weigh by
+    their rows. The statistics that the model had before play no part, not even NaN: twice gives the same
+    as once. The variance is biased.
 
     Args:
       apply_fn: for linen `apply_fn(variables, batch, mutable=[...])` in training mode, for example
@@ -65,7 +65,7 @@ def recalibrate(
         `nn.vmap` and `nnx.bridge.ToNNX`; `nnx.bridge.to_linen` is refused. A model of pure functions returns
         `(y, {"batch_moments": moments})`, a tree of `jbn.Moments` at the paths of `batch_stats`, as
         `jbn.batch_norm(..., return_moments=True)` gives them; its `apply_fn` need not take `mutable`.
-      variables: linen variables, the like for pure functions, or an NNX module; not changed.
+      variables: linen variables, such a tree for pure functions, or an NNX module; not changed.
       batches: whatever `apply_fn` takes, one after the other. Sharded arrays are measured as a whole.
       max_batches: stop after so many, from 1 up.
       tolerance: stop when the standard error of every mean, estimated from the spread of the means of the
@@ -80,8 +80,8 @@ def recalibrate(
       else, such as `batch_moments`.
 
     Raises:
-      ValueError: no batch, a model without batch norm, or of which none had rows in training mode, arguments
-        of the wrong kind, a call under `jit`.
+      ValueError: no batch; a model without batch norm, or in which none had rows in training mode; arguments
+        of the wrong kind; a call under `jit`.
 
     Warns:
       UserWarning: layers that never ran, and layers with NaN or inf in their batches, all by name.
