@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import export
 
 import jbn.linen
 import jbn.nnx
@@ -306,6 +307,14 @@ def torchvision_state(sizes, bottleneck):
     return state | {"fc.weight": np.zeros((10, into), np.float32), "fc.bias": np.zeros(10, np.float32)}
 
 
+def resnet_mapping(state):
+    """That of the documentation."""
+    page = ROOT / "docs/pages/migrate/torch.md"
+    (source,) = (block for block in blocks(page, "python") if "def resnet_mapping" in block)
+    exec(compile(source, page, "exec"), namespace := {})
+    return namespace["resnet_mapping"](state)
+
+
 @pytest.mark.parametrize(
     ("sizes", "bottleneck"),
     # The last has a block 10, which comes behind the block 9 and not behind the block 1.
@@ -313,12 +322,9 @@ def torchvision_state(sizes, bottleneck):
     ids=["ResNet-18", "ResNet-50", "many blocks"],
 )
 def test_the_mapping_of_the_documentation_covers_the_resnets_of_torchvision(sizes, bottleneck):
-    page = ROOT / "docs/pages/migrate/torch.md"
-    (source,) = (block for block in blocks(page, "python") if "def resnet_mapping" in block)
-    exec(compile(source, page, "exec"), namespace := {})
     state = torchvision_state(sizes, bottleneck)
     state = {name: state[name] for name in sorted(state)}  # as safetensors keeps them
-    variables = jbn.tools.from_torch_state_dict(state, namespace["resnet_mapping"](state))
+    variables = jbn.tools.from_torch_state_dict(state, resnet_mapping(state))
     counted = flatten_dict(variables)
     kept = unflatten_dict({path: leaf for path, leaf in counted.items() if path[-1] != "count"})
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -327,3 +333,27 @@ def test_the_mapping_of_the_documentation_covers_the_resnets_of_torchvision(size
     kind = "BottleneckResNetBlock" if bottleneck else "ResNetBlock"
     order = [float(variables["params"][f"{kind}_{i}"]["BatchNorm_0"]["scale"][0]) for i in range(sum(sizes))]
     assert order == sorted(set(order))
+
+
+def test_from_torch_to_a_folded_export(capsys):
+    """The whole way of a model into deployment: no batch norm is left, and a batch may have any size."""
+    rng = np.random.default_rng(0)
+    state = {
+        name: array
+        if array.ndim == 0
+        else rng.uniform(0.5, 1, array.shape).astype(np.float32) / array[0].size
+        for name, array in torchvision_state((1, 1, 1, 1), bottleneck=False).items()
+    }
+    variables, model = (
+        jbn.tools.from_torch_state_dict(state, resnet_mapping(state)),
+        ResNet((1, 1, 1, 1), False),
+    )
+    x = rng.standard_normal((3, 16, 16, 3)).astype(np.float32)
+    folded = jbn.tools.fold_variables(variables, call=model.apply, x=x)
+    assert "no layer found" not in capsys.readouterr().out
+    shape = export.symbolic_shape("batch, 16, 16, 3")
+    exported = export.export(jax.jit(functools.partial(model.apply, folded)))(
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+    for size in (1, 3):
+        assert_close(exported.call(x[:size]), model.apply(variables, x[:size]), 1e-5)
