@@ -52,6 +52,13 @@ def test_every_door_and_kind_of_number(door, blend):
 
 
 @every_door
+def test_one_value_per_channel_is_bias_where_the_batch_alone_counts(door):
+    """As the cookbook warns: the value is its own mean. With a share of the running statistics it is not."""
+    np.testing.assert_array_equal(door(PARAMS, STATS, X[:1], True, blend=0.0)[0], PARAMS["bias"][None])
+    assert np.abs(door(PARAMS, STATS, X[:1], True, blend=0.9)[0] - PARAMS["bias"][None]).min() > 0.1
+
+
+@every_door
 def test_training_knows_nothing_of_it(door):
     assert_trees_close(door(PARAMS, STATS, X, blend=0.5), door(PARAMS, STATS, X), 0.0)
 

@@ -7,6 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -71,6 +72,13 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
         if page == README:  # whose blocks are pasted alone
             namespace = {"__name__": "__main__"}
         exec(compile(source, page, "exec"), namespace)
+
+
+def test_the_page_on_devices_says_what_one_device_lacks(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    first, *_ = blocks(ROOT / "docs/pages/devices.md", "python")
+    with pytest.raises(AssertionError, match="need 8 devices: see above"):
+        exec(first, {})
 
 
 @pytest.mark.parametrize(("page", "library", "source"), WITH_ANOTHER_LIBRARY)
