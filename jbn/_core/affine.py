@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 def normalize_with(
     config: NormConfig, inputs: Inputs, mean: Array, var: Array, delta: Array | None = None
 ) -> Array:
-    """y by given statistics, of which the mean is mean + delta: one pass, differentiable in all arguments.
+    """y by given statistics, whose mean is mean + delta: one pass, differentiable in all arguments.
 
     No jit of its own: a tool that traces with patches of its own, as exporters do, would leave them in it.
     """
@@ -65,8 +65,8 @@ def affine(
 ) -> Array:
     """scale * (offset - delta) / sqrt(var + epsilon) + bias, with one factor and one constant per channel.
 
-    So there are few operations per entry: what is cheap, XLA computes again in the backward pass, inside of
-    other kernels, instead of storing it.
+    So there are few operations per entry: in the backward pass XLA computes them again, inside other kernels,
+    instead of storing the result.
     """
     parts = [part for part in (offset, delta, var, scale, bias) if part is not None]
     dtype = compute_dtype(*(part.dtype for part in parts))

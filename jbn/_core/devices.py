@@ -55,7 +55,7 @@ class Reduction:
         return jax.__version_info__ >= (0, 10, 2) or len(jax.sharding.get_abstract_mesh().manual_axes) < 2
 
     def _collective(self, operation: Callable[..., Array]) -> Array:
-        """The operation with axis name and groups; what JAX cannot do is said with the way out."""
+        """The operation with axis name and groups; an error of JAX becomes one that says what to do."""
         groups = {} if self.groups is None else {"axis_index_groups": self.groups}
         try:
             return operation(self.axis_name, **groups)

@@ -48,9 +48,9 @@ def normalize(config: NormConfig, inputs: Inputs, prior: Prior) -> tuple[Array, 
     Entries that take no part come out normalized like the others, as constants: no gradient enters or
     leaves through them. If they hold NaN or inf they count as 0, so that y is finite.
 
-    It is one jitted call: of layers that are alike, one is traced, differentiated, transposed and lowered,
-    and outside of jit it is one program and not a hundred. Not where an axis name is bound: JAX runs what it
-    has staged there when the name no longer is.
+    It is one jitted call: layers that are alike are traced, differentiated, transposed and lowered once, and
+    outside of jit it is one program and not a hundred. It is none where an axis name is bound: JAX would run
+    the staged call when the name no longer is.
     """
     normalized: tuple[Array, ShiftedMoments]
     if config.reduction.axis_name is not None:
@@ -66,7 +66,7 @@ def normalize_groups(
 ) -> tuple[Array, ShiftedMoments]:
     """`normalize` for each ghost batch, of `size` successive examples; the moments are those of all rows.
 
-    Examples [N] become [N / size, size], of which the second axis is reduced and the first is not. Groups do
+    Examples [N] become [N / size, size]: the second axis is reduced, and the first is not. Groups do
     not know of other devices; only the moments, which are for the running statistics, are pooled over them.
     """
     whole = config.reduction
@@ -121,7 +121,7 @@ def _normalize_jvp(
       and computes x - mean again. Nothing could be shared with the forward pass that XLA would not
       have to store, so there is nothing to prevent it from sharing.
     - relu needs no mask to be kept: where it passes, y is positive. With a residual that is seen from y,
-      which the layer behind keeps anyway; without one it is computed again from x.
+      which the next layer keeps anyway; without one it is computed again from x.
     - The moments have tangents too. Their first use is the second derivative: this rule, differentiated,
       asks how they move with x.
     """

@@ -76,7 +76,7 @@ def subsample(x: X, axes: tuple[int, ...]) -> X:
 def _exact_mean(rows: Array, axes: tuple[int, ...]) -> Array:
     """The mean of a power of two of rows; of rows that are equal, exactly their value.
 
-    For that each is split into leading and other digits, of which a sum of equal ones rounds nothing.
+    For that each row is split into leading and other digits: a sum of equal ones then rounds nothing.
     As two sums, that of sharded rows both travel in one collective.
     """
     rows = rows / math.prod(rows.shape[axis] for axis in axes)  # first, or rows of 1e38 would overflow

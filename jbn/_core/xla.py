@@ -30,8 +30,8 @@ _HINT_PLATFORM = "tpu"
 class Use(enum.Enum):
     """What x - shift is for: as many axes of size 1 make each use another expression to XLA.
 
-    What one sum alone uses, XLA for CPUs computes inside of that sum. What something else uses too, it stores
-    first: a pass to write, and one to read for each. Two sums over f32 in 9.8 ms instead of 15.9.
+    If one sum alone uses it, XLA for CPUs computes it inside that sum. If something else uses it too, XLA
+    stores it first: a pass to write, and one to read for each use. Two sums of f32 take 9.8 ms, not 15.9.
     """
 
     ENTRIES = 0

@@ -75,7 +75,7 @@ def to_haiku(
         params["batch_norm"], *emas = to_haiku(layer_params, batch_stats, decay_rate=0.9, ndim=4)
         state["batch_norm/~/mean_ema"], state["batch_norm/~/var_ema"] = emas
 
-    From here to Haiku and back is the identity, bit for bit. From Haiku to here and back is too, but for
+    From here to Haiku and back is the identity, bit for bit. From Haiku to here and back is too, except for
     `hidden`: it is computed again, as average * (1 - decay_rate**counter), and may be off by 2 units in the
     last place until that factor has become 1.
 

@@ -1,7 +1,7 @@
 """What other libraries call the arrays and settings of a batch norm, and how they keep them.
 
 Each library is described once. Reading and writing arrays (`_arrays`) and settings (`_settings`) follow its
-description and know no library by name, but for what only one of them does.
+description and know no library by name, except for what only one of them does.
 """
 
 from collections.abc import Collection, Mapping
@@ -88,7 +88,7 @@ def brief(value: Any) -> str:
 def check_names(
     argument: str, given: Any, required: Collection[str], allowed: Collection[str], fix: str
 ) -> None:
-    """A mapping with all that is required and nothing that is not allowed; otherwise every name is said."""
+    """A mapping with all that is required, and nothing else than what is allowed; an error names them all."""
     if not isinstance(given, Mapping):
         raise error(argument, brief(given), f"a mapping with {', '.join(allowed)}", fix)
     unknown = [str(name) for name in given if name not in allowed]

@@ -1,4 +1,4 @@
-"""Pairs of a layer and the batch norm behind it, in a model: the layer takes the batch norm in."""
+"""Pairs of a layer and the batch norm after it, in a model: the layer takes the batch norm in."""
 
 import functools
 import math

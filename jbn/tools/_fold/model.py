@@ -34,7 +34,7 @@ def fold_variables(
       kernel and bias of the layer are multiplied by it. The variance is 1.
     - A layer without bias, such as `Conv(use_bias=False)`, cannot take the offset. It stays in the batch
       norm: in its bias, or without one in its mean. A real bias takes no complex offset either.
-    - All keep their dtypes, but for a real kernel whose batch norm has a complex scale.
+    - All keep their dtypes, except for a real kernel whose batch norm has a complex scale.
 
     With pairs=None they are found: `call(variables, x)` is traced, nothing is computed, and a batch norm
     belongs to the layer whose output is its input, with nothing between. Each pair found is printed, and

@@ -88,7 +88,7 @@ def calls_of(call: Callable[[Any, Any], Any], variables: Variables, x: Any) -> l
 def found_pairs(
     calls: Sequence[Call], layers: Mapping[Path, Any], norms: Mapping[Path, Layer]
 ) -> list[tuple[Path, Path]]:
-    """Each layer with the batch norm behind it, where nothing that can be seen speaks against folding.
+    """Each layer with the batch norm after it, where nothing that can be seen speaks against folding.
 
     Prints them, for the caller to check, and the batch norms that are left.
     """

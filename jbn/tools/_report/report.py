@@ -24,7 +24,7 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
     """A table of every batch norm of a model; with moments of a batch, why evaluation differs from training.
 
     y_run is y by the running statistics, as in evaluation, and y_batch by those of the batch, as in training.
-    Per channel, with i_run = 1 / sqrt(var_run + epsilon), and i_batch alike by the variance of the batch:
+    Per channel, with i_run = 1 / sqrt(var_run + epsilon) and i_batch = 1 / sqrt(var_batch + epsilon):
 
         mean drift     = (mean_run - mean_batch) * i_batch, in standard deviations of the batch
         variance drift = log2((var_run + epsilon) / (var_batch + epsilon))
@@ -93,7 +93,7 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
 
 
 def _by_number(path: str) -> list[str | int]:
-    """BatchNorm_10 behind BatchNorm_2: trees come with their keys in alphabetical order."""
+    """BatchNorm_10 after BatchNorm_2: trees come with their keys in alphabetical order."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 

@@ -185,7 +185,7 @@ def _updates(row: LayerReport) -> str:
 
 
 def _table(rows: Sequence[LayerReport], columns: Mapping[str, list[str]]) -> str:
-    """Aligned to the right behind the paths, which break into lines if they are too long; no empty column."""
+    """Aligned to the right, after the paths, which break into lines if they are too long; no empty column."""
     filled = {head: [head, *cells] for head, cells in columns.items() if any(cells)}
     sizes = [max(map(len, cells)) for cells in filled.values()]
     room = max(16, _WIDTH - sum(sizes) - 2 * len(sizes))
