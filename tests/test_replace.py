@@ -322,10 +322,9 @@ def test_a_context_that_replaces_nothing_warns():
 
 
 class NnxTheirs(nnx.Module):
-    """A model's own copy of NNX's class, without some of its settings."""
+    """A model's own copy of NNX's class, without some of its settings and without `num_features`."""
 
     def __init__(self, features):
-        self.num_features = features
         self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
         self.mean, self.var = nnx.BatchStat(jnp.zeros(features)), nnx.BatchStat(jnp.ones(features))
         self.momentum = 0.5
@@ -348,5 +347,34 @@ def test_overrides_by_path_in_nnx(kind, where):
 def test_classes_of_nnx_that_somebody_else_wrote():
     layer = jbn.nnx.replace_batch_norm(NnxTheirs(3), classes=(NnxTheirs,), epsilon=0.1)
     y = layer(X)
+    assert layer.num_features == 3
     assert_close(layer.mean[...], 0.5 * X.mean(0), 1e-6)
     assert_close(y, (X - X.mean(0)) / np.sqrt(X.var(0) + 0.1), 1e-5)
+
+
+def test_a_model_stays_as_it_is_where_one_layer_does_not_fit():
+    class OtherNames(NnxTheirs):
+        def __init__(self):
+            super().__init__(3)
+            self.gamma, self.scale = self.scale, ()
+
+    model = nnx.List([NnxTheirs(3), OtherNames()])
+    with pytest.raises(ValueError, match="which has no variable scale"):
+        jbn.nnx.replace_batch_norm(model, classes=(NnxTheirs, OtherNames))
+    assert type(model[0]) is NnxTheirs
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm, nnx.BatchNorm])
+def test_classes_of_flax_are_called_as_ours(kind):
+    """Also with arguments that have no name, whose meaning is not known."""
+
+    class Passes(kind):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    if kind is nn.BatchNorm:
+        with jbn.linen.replace_batch_norm(classes=(Passes, kind)):
+            Passes(False).init(jax.random.key(0), X)
+    else:
+        model = jbn.nnx.replace_batch_norm(Passes(3, rngs=nnx.Rngs(0)), classes=(Passes, kind))
+        assert type(model) is jbn.nnx.BatchNorm

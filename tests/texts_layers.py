@@ -25,6 +25,20 @@ class Net(nn.Module):
         return Block(name="block")(x, **options)
 
 
+class CalledWithTrain(nn.Module):
+    """Its second positional argument means the opposite of ours."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return x
+
+
+class OtherNames(nnx.Module):
+    def __init__(self):
+        self.gamma, self.bias = nnx.Param(jnp.ones(3)), None
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(3)), jnp.ones(3)
+
+
 def nnx_layer(**settings):
     return jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **settings)
 
@@ -182,5 +196,17 @@ TEXTS = {
         lambda: jbn.nnx.replace_batch_norm(nnx_layer(), classes=(3,)),
         "jbn.nnx.replace_batch_norm: classes is (3,). Expected a tuple of classes of modules. For example "
         "classes=(TheirBatchNorm,).",
+    ),
+    "linen: a class that is called in another way": (
+        lambda: jbn.linen.replace_batch_norm(classes=(CalledWithTrain,)).__enter__(),
+        "jbn.linen.replace_batch_norm: classes is one with CalledWithTrain, called with train. Expected "
+        "classes that are called with x, and at most use_running_average, mask, residual, "
+        "update_batch_stats. Let it take use_running_average in its call, as Flax's layer does.",
+    ),
+    "nnx: a class with variables of other names": (
+        lambda: jbn.nnx.replace_batch_norm(OtherNames(), classes=(OtherNames,)),
+        "jbn.nnx.replace_batch_norm: classes is one with OtherNames, which has no variable var, scale. "
+        "Expected classes with the variables mean, var, scale and bias, the last two None where a layer has "
+        "none. Give them these names in the class.",
     ),
 }

@@ -1,6 +1,7 @@
 """Which layers of a model are meant: by a glob on their path, or a predicate of it."""
 
 import fnmatch
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -17,8 +18,8 @@ def matches(where: Where, path: str) -> bool:
     return fnmatch.fnmatchcase(path, where) if isinstance(where, str) else bool(where(path))
 
 
-def check_where(where: Any, classes: Any, base: type) -> None:
-    """A glob or a predicate, and a tuple of classes of modules."""
+def check_where(where: Any, classes: Any, base: type, ours: type) -> None:
+    """A glob or a predicate, and a tuple of classes of modules that are called as the layer of ours is."""
     if not (where is None or isinstance(where, str) or callable(where)):
         raise error(
             "where",
@@ -35,3 +36,17 @@ def check_where(where: Any, classes: Any, base: type) -> None:
             "a tuple of classes of modules",
             "For example classes=(TheirBatchNorm,).",
         )
+    for kind in classes:
+        if other := set(_arguments(kind)) - set(_arguments(ours)):
+            raise error(
+                "classes",
+                f"one with {kind.__name__}, called with {', '.join(sorted(other))}",
+                f"classes that are called with x, and at most {', '.join(_arguments(ours))}",
+                "Let it take use_running_average in its call, as Flax's layer does.",
+            )
+
+
+def _arguments(kind: Any) -> list[str]:
+    """The names of what modules of this class are called with, behind x."""
+    parameters = list(inspect.signature(kind.__call__).parameters.values())[2:]
+    return [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]

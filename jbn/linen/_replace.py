@@ -95,19 +95,22 @@ def replace_batch_norm(
     Args:
       where: which layers: a glob on their path, such as `"backbone/*"`, in which `*` crosses `/`, or a
         predicate of the path; None: all.
-      classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables,
-        and those of its fields that have a name of ours. Their subclasses are left alone.
+      classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables
+        and the arguments of its call, and those of its fields that have a name of ours. Their subclasses are
+        left alone.
       **overrides: fields of `jbn.linen.BatchNorm` that get these values in the layers.
 
     Returns:
       A context manager.
 
     Raises:
-      ValueError: an override that is no field of the layer; a `where` or `classes` of a wrong kind.
+      ValueError: an override that is no field of the layer; a `where` or `classes` of a wrong kind, a class
+        that is called with other arguments.
 
     Warns:
       UserWarning: modules ran inside, and none of them was a batch norm to replace. Modules in a function
-        that `jax.jit` has compiled already are not seen.
+        that `jax.jit` has compiled already are not seen: where all batch norms are in such a function, and
+        other modules run outside of it, the warning is wrong.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.linen
@@ -120,7 +123,7 @@ def replace_batch_norm(
     """
     with named_errors("jbn.linen.replace_batch_norm"):
         _check_overrides(overrides)
-        check_where(where, classes, nn.Module)
+        check_where(where, classes, nn.Module, BatchNorm)
     replacement = _Replacement(where, tuple(classes), overrides)
     with _replacing(replacement):
         yield

@@ -61,14 +61,16 @@ def replace_batch_norm(
       where: which layers: a glob on their path, such as `"backbone/*"`, in which `*` crosses `/`, or a
         predicate of the path; None: all. A layer that is held in several places has the first of its paths.
       classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables
-        and attributes. Their subclasses are left alone.
+        and the arguments of its call, and those of its attributes that have a name of ours. Their subclasses
+        are left alone.
       **overrides: attributes of `jbn.nnx.BatchNorm` that get these values in the layers.
 
     Returns:
       The model that was given.
 
     Raises:
-      ValueError: an override that is no attribute of the layer; a `where` or `classes` of a wrong kind.
+      ValueError: an override that is no attribute of the layer; a `where` or `classes` of a wrong kind, a
+        class with other variables, or that is called with other arguments.
 
     Warns:
       UserWarning: the model has no batch norm that `where` and `classes` select.
@@ -89,7 +91,7 @@ def replace_batch_norm(
             f"settings of jbn.nnx.BatchNorm ({', '.join(settings)})",
             "Check the spelling.",
         )
-    check_where(where, classes, nnx.Module)
+    check_where(where, classes, nnx.Module, BatchNorm)
     kinds = (nnx.BatchNorm, BatchNorm, *classes)
     modules = [
         module
@@ -113,6 +115,8 @@ def replace_batch_norm(
             "Make the model with jbn.nnx.BatchNorm and this option, and load its variables.",
         )
     for module in modules:
+        _check_variables(module)
+    for module in modules:
         layer: Any = module
         if type(module) is not BatchNorm:
             # The class alone: wherever the layer is held, and by however many, it stays one object.
@@ -121,6 +125,24 @@ def replace_batch_norm(
             for name, value in _DEFAULTS.items():
                 if name in OWN_SETTINGS or not hasattr(layer, name):
                     setattr(layer, name, value)
+            if not hasattr(layer, "num_features"):
+                layer.num_features = layer.mean[...].shape[-1]
         for name, value in overrides.items():
             setattr(layer, name, setting(value))
     return model
+
+
+def _check_variables(module: nnx.Module) -> None:
+    """Those of Flax's layer, before any layer is changed; another name of scale would be lost silently."""
+    held = {name: getattr(module, name, ()) for name in ("mean", "var", "scale", "bias")}
+    if wrong := [
+        name
+        for name, value in held.items()
+        if not isinstance(value, nnx.Variable) and (value is not None or name in ("mean", "var"))
+    ]:
+        raise error(
+            "classes",
+            f"one with {type(module).__name__}, which has no variable {', '.join(wrong)}",
+            "classes with the variables mean, var, scale and bias, the last two None where a layer has none",
+            "Give them these names in the class.",
+        )
