@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 
 import jbn
+import jbn.tools
 from tests.cases import assert_close, assert_trees_close
+from tests.doors import every_door
 from tests.small_batch import BATCH_STATS, MASK, PARAMS, TOLERANCE, X, both, core
 
 
@@ -115,6 +117,45 @@ def test_variables_of_nnx_as_entries(evaluating):
     chex.assert_trees_all_equal((y, jax.tree.map(jnp.asarray, new)), expected)
     moments = jbn.moments(X)
     chex.assert_trees_all_equal(jbn.update(boxed_stats, moments), jbn.update(BATCH_STATS, moments))
+    _, frozen = core(flax.core.freeze(boxed_stats), X, evaluating, flax.core.freeze(boxed))
+    chex.assert_trees_all_equal(jax.tree.map(jnp.asarray, frozen), flax.core.freeze(expected[1]))
+
+
+SCALARS = {
+    "mode": lambda value: {"evaluating": value > 0},
+    "momentum": lambda value: {"momentum": value},
+    "blend": lambda value: {"evaluating": True, "blend": value},
+    "renorm": lambda value: {"renorm": jbn.Renorm(1 + value, value, 1 - value)},
+}
+
+
+@every_door
+@pytest.mark.parametrize("name", SCALARS)
+@pytest.mark.usefixtures("flax_promotion")
+def test_variables_of_nnx_as_scalars(door, name):
+    """Held by a variable, in a compiled function or outside of one, a scalar is what it is by itself."""
+
+    def run(value, hold):
+        settings = jax.tree.map(hold, SCALARS[name](value))
+        return door(PARAMS, BATCH_STATS, X, **settings)
+
+    value = jnp.float32(0.25)
+    expected = run(value, jnp.asarray)
+    for find in (run, jax.jit(run, static_argnums=1)):
+        assert_trees_close(find(value, nnx.Variable), expected, TOLERANCE)
+
+
+def test_variables_of_nnx_as_scalars_of_moving_averages():
+    old, new = BATCH_STATS, jax.tree.map(lambda value: value + 1, BATCH_STATS)
+    variables, moments = {"batch_stats": BATCH_STATS}, {"": jbn.moments(X)}
+    for move in (
+        lambda share: jbn.update(BATCH_STATS, moments[""], momentum=share),
+        lambda share: jbn.tools.apply_moments(variables, moments, momentum=share),
+        lambda share: jbn.tools.ema(old, new, share),
+    ):
+        expected = move(0.75)
+        for find in (move, jax.jit(move)):
+            assert_trees_close(find(nnx.Variable(jnp.float32(0.75))), expected, TOLERANCE)
 
 
 @both

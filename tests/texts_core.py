@@ -77,6 +77,11 @@ TEXTS = {
         "jbn.batch_norm: mask is float32[8] with weights below 0. Expected weights from 0 up. 0 marks what "
         "takes no part.",
     ),
+    "statistics by names and numbers": (
+        lambda: call(batch_stats={"mean": STATS["mean"], 1: STATS["var"]}),
+        "jbn.batch_norm: batch_stats is a mapping with 1. Expected only mean, var, count, rows. Pass the "
+        "collection of one layer, for example variables['batch_stats']['BatchNorm_0'].",
+    ),
     "params of a model": (
         lambda: call(params={"BatchNorm_0": PARAMS}),
         "jbn.batch_norm: params is a mapping with BatchNorm_0. Expected only scale, "

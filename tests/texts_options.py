@@ -231,6 +231,11 @@ TEXTS = {
         "jbn.tools.debias: momentum is for none. Expected those of batch norms with a count: there "
         "are none. Layers with debias=True keep a count.",
     ),
+    "debias by a variable of NNX": (
+        lambda: jbn.tools.debias({"batch_stats": COUNTED}, momentum=nnx.Variable(jnp.float32(0.9))),
+        "jbn.tools.debias: momentum is float32[], to debias with. Expected a number, or None. What is"
+        " left of the initial statistics is known for a momentum that stays the same.",
+    ),
     "debias by a schedule": (
         lambda: jbn.tools.debias({"batch_stats": COUNTED}, momentum=jnp.float32(0.9)),
         "jbn.tools.debias: momentum is float32[], to debias with. Expected a number, or None. What is"

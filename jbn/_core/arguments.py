@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from jbn._core.affine import Inputs, NormConfig
 from jbn._core.devices import Reduction
-from jbn._core.dtypes import as_numeric, output_dtype
+from jbn._core.dtypes import as_numeric, output_dtype, unwrapped
 from jbn._core.errors import UnboundAxisError, describe, error
 from jbn._core.options import Options, check_options, prepare_axis_name
 from jbn._core.sharding import num_shards, sharded_like
@@ -56,7 +56,7 @@ def prepare(
     While a layer is `initializing` there are no other devices, and groups need not divide the batch.
     An axis name has to be bound only where the batch is measured.
     """
-    params, batch_stats = unwrapped(params), unwrapped(batch_stats)
+    params, batch_stats, options = unwrapped(params), unwrapped(batch_stats), options.unwrapped()
     weights = None if mask is None else prepare_mask(mask, x, axes)
     scale, bias = _prepare_params(params, x, axes)
     dtype = prepare_dtype(dtype, (x, scale, bias))
@@ -97,6 +97,7 @@ def prepare_x(x: Any, axis: Axes) -> tuple[X, tuple[int, ...]]:
 
 def prepare_flag(flag: Any) -> bool | Array:
     """use_running_average as a bool, or as a scalar array if it is traced."""
+    flag = unwrapped(flag)
     if isinstance(flag, (bool, np.bool_)):
         return bool(flag)
     if describe(flag) != "bool[]":
@@ -138,18 +139,6 @@ def check_entries(argument: str, given: Any, allowed: Sequence[str]) -> None:
                 if boxed
                 else "Leave out what the layer does not have; convert lists with jnp.asarray.",
             )
-
-
-def unwrapped(entries: Any) -> Any:
-    """The entries with the arrays that variables of NNX hold, which JAX does not take apart by itself."""
-    if not isinstance(entries, Mapping) or not any(_is_variable(value) for value in entries.values()):
-        return entries
-    arrays = {name: as_numeric(value) for name, value in entries.items() if _is_variable(value)}
-    return {name: value if arrays.get(name) is None else arrays[name] for name, value in entries.items()}
-
-
-def _is_variable(value: Any) -> bool:
-    return hasattr(value, "__jax_array__") and not isinstance(value, jax.Array)
 
 
 def _prepare_params(params: Params | None, x: X, axes: tuple[int, ...]) -> tuple[Array | None, Array | None]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -53,3 +54,20 @@ def as_numeric(value: Any) -> Array | None:
     except (TypeError, ValueError):
         return None
     return array if jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool else None
+
+
+def unwrapped(tree: Any) -> Any:
+    """The tree with the arrays that variables of NNX hold, which JAX does not take apart by itself."""
+    try:
+        leaves, structure = jax.tree.flatten(tree, is_leaf=_is_variable)
+    except ValueError:  # keys that cannot be sorted, in a mapping that is refused later
+        return tree
+    if not any(map(_is_variable, leaves)):
+        return tree
+    arrays = [as_numeric(leaf) if _is_variable(leaf) else None for leaf in leaves]
+    both = zip(arrays, leaves, strict=True)
+    return jax.tree.unflatten(structure, [leaf if array is None else array for array, leaf in both])
+
+
+def _is_variable(value: Any) -> bool:
+    return hasattr(value, "__jax_array__") and not isinstance(value, jax.Array)

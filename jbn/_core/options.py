@@ -11,7 +11,7 @@ import numpy as np
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
-from jbn._core.dtypes import as_numeric
+from jbn._core.dtypes import as_numeric, unwrapped
 from jbn._core.errors import describe, error
 from jbn._core.renorm import Renorm
 from jbn._core.types import Axes, AxisIndexGroups, AxisName, X
@@ -44,6 +44,11 @@ class Options:
     def of(cls, layer: Any) -> "Options":
         """Those of a layer, which has them as its attributes."""
         return cls(**{field.name: getattr(layer, field.name) for field in dataclasses.fields(cls)})
+
+    def unwrapped(self) -> "Options":
+        """The same, with arrays where variables of NNX were given."""
+        names = ("momentum", "renorm", "blend")
+        return dataclasses.replace(self, **{name: unwrapped(getattr(self, name)) for name in names})
 
     @property
     def looks_at_batch(self) -> bool:

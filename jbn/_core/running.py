@@ -11,8 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jbn._core.arguments import check_batch_stats, check_counters, unwrapped
-from jbn._core.dtypes import compute_dtype, reduction_dtype
+from jbn._core.arguments import check_batch_stats, check_counters
+from jbn._core.dtypes import compute_dtype, reduction_dtype, unwrapped
 from jbn._core.errors import describe, error, names_errors
 from jbn._core.moments import Moments, merge_all
 from jbn._core.options import check_momentum, check_static
@@ -76,7 +76,7 @@ def checked_update(
     skip_nonfinite: bool,
 ) -> BatchStats:
     """`update`, whose errors have no name yet: for tools that are called otherwise."""
-    batch_stats = unwrapped(batch_stats)
+    batch_stats, momentum = unwrapped(batch_stats), unwrapped(momentum)
     check_momentum(momentum)
     for name, choice in (("unbiased", unbiased), ("skip_nonfinite", skip_nonfinite)):
         check_static(name, choice)

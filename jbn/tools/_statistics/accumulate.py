@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jbn._core.dtypes import promote_stats
+from jbn._core.dtypes import promote_stats, unwrapped
 from jbn._core.errors import names_errors
 from jbn._core.options import check_momentum
 from jbn._core.running import checked_update
@@ -73,6 +73,7 @@ def apply_moments(
       >>> print(jbn.tools.apply_moments(variables, moments, momentum=0.0)["batch_stats"]["mean"])
       [1.5]
     """
+    momentum = unwrapped(momentum)
     check_momentum(momentum)
     layers = batch_norms(variables)
     given: Any = variables if moments is None else moments

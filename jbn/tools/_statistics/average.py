@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import DictKey
 from jaxtyping import Array
 
-from jbn._core.dtypes import compute_dtype, reduction_dtype
+from jbn._core.dtypes import compute_dtype, reduction_dtype, unwrapped
 from jbn._core.errors import describe, error, names_errors
 from jbn._core.moments import Moments, merge_stacked
 from jbn._core.options import is_unit_interval
@@ -161,6 +161,7 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
 
     Reference: Polyak and Juditsky 1992, Acceleration of stochastic approximation by averaging.
     """
+    decay = unwrapped(decay)
     _check_decay(decay)
     if isinstance(average, nnx.Module) and isinstance(new, nnx.Module):
         graph, old = nnx.split(average)

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from jbn._core.dtypes import unwrapped
 from jbn._core.errors import error, names_errors
 from jbn._core.options import check_momentum, check_static_momentum
 from jbn._core.running import store_debiased
@@ -86,5 +87,6 @@ def _check(momentum: Any) -> None:
     if momentum is None:
         fix = "Cumulative statistics have nothing to debias: leave their layers out."
         raise error("momentum", "None", "a number from 0 to 1, that of the layers", fix)
+    momentum = unwrapped(momentum)
     check_momentum(momentum)
     check_static_momentum(momentum)
