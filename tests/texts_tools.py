@@ -176,6 +176,18 @@ TEXTS = {
         "jbn.tools.recalibrate: variables is a model without batch_stats for new. Expected those of every "
         "batch norm that runs. Pass all variables of the model, as init or training returned them.",
     ),
+    "moments of pure functions at other paths": (
+        lambda: recalibrate(
+            lambda v, x: (x, {"batch_moments": {"a": jbn.moments(x), "b": {"c": jbn.moments(x)}}})
+        ),
+        "jbn.tools.recalibrate: variables is a model without batch_stats for a, b/c. Expected those of every "
+        "batch norm that runs. Pass all variables of the model, as init or training returned them.",
+    ),
+    "apply moments of pure functions at other paths": (
+        lambda: jbn.tools.apply_moments(STATS, {"batch_moments": {"a": jbn.moments(X)}}),
+        "jbn.tools.apply_moments: moments is one with a. Expected paths of batch norms: bn. "
+        "Take moments and variables from the same model.",
+    ),
     "no moments": (
         lambda: jbn.tools.apply_moments(STATS),
         f"jbn.tools.apply_moments: moments is a mapping without jbn.Moments at batch_stats. {FORMS}",
@@ -190,7 +202,7 @@ TEXTS = {
     ),
     "moments that a checkpoint took apart": (
         lambda: jbn.tools.apply_moments(STATS | {"batch_moments": {"bn": {"moments": {"count": X[0]}}}}),
-        f"jbn.tools.apply_moments: moments is a mapping without jbn.Moments at bn/moments. {FORMS}",
+        f"jbn.tools.apply_moments: moments is a mapping without jbn.Moments at bn/moments/count. {FORMS}",
     ),
     "moments of another model": (
         lambda: jbn.tools.apply_moments(linen()[0], {("third",): jbn.moments(X)}),

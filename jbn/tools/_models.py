@@ -133,11 +133,12 @@ def moments_in(tree: Any, layers: Iterable[Path]) -> dict[Path, Moments]:
 
 
 def _by_layer(tree: Any, layers: Iterable[Path]) -> Iterator[tuple[Path, Any]]:
-    """Leaves and their batch norms, which are at the same path, or have them in a variable."""
+    """Leaves and their batch norms, at the same path, or in a variable of the layers of linen or NNX."""
     flat = flatten_dict({"": tree}, is_leaf=lambda _, value: isinstance(_as_moments(value), Moments))
     known = set(layers)
     for (_, *path), value in flat.items():
-        yield tuple(path if tuple(path) in known else path[:-1]), _as_moments(value)
+        in_variable = tuple(path) not in known and path[-1:] in (["moments"], ["batch_moments"])
+        yield tuple(path[:-1] if in_variable else path), _as_moments(value)
 
 
 def _as_moments(value: Any) -> Any:
