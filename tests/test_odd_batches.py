@@ -39,6 +39,17 @@ def test_padding_does_not_shift_the_statistics(door):
 
 
 @both
+def test_weights_below_0_take_no_part(door):
+    """In JAX arrays, which are not asked for their values; the error for NumPy is among the texts."""
+    x, wrong, right = rows(1, 2, 4, np.nan), jnp.array([1, 3, -2, jnp.nan]), jnp.array([1.0, 3, 0, 0])
+    for compiled in (lambda run: run, jax.jit):
+        run = compiled(lambda mask: door(jbn.init(1)[1], x, mask=mask, momentum=0.0))
+        (y, new), expected = run(wrong), run(right)
+        chex.assert_tree_all_finite(new)
+        chex.assert_trees_all_equal((y[:3], new), (expected[0][:3], expected[1]))
+
+
+@both
 def test_a_batch_that_is_masked_out_changes_nothing_and_has_no_gradient(door):
     start, params = {"mean": rows(3)[0], "var": rows(7)[0]}, jbn.init(1)[0]
 
