@@ -81,6 +81,23 @@ def test_one_value_per_channel_in_training(door, shape):
     assert_close(y, np.ones(shape) / np.sqrt(1 + 1e-5), TOLERANCE)
 
 
+@pytest.mark.parametrize("door", [doors.linen, doors.of_nnx])
+@pytest.mark.parametrize("size", [1, 32])
+def test_one_example_in_a_layer_of_ghost_batches(door, size):
+    """A look at a model: the example is a group. One value per channel gets the usual warning."""
+    run = functools.partial(door, {"bias": np.float32([1, 2, 3])}, BATCH_STATS)
+    image = np.random.default_rng(0).standard_normal((1, 4, 4, 3)).astype(np.float32)
+    chex.assert_trees_all_equal(run(image, virtual_batch_size=size), run(image))
+    with pytest.warns(UserWarning, match="one value per channel in training.*nothing is updated"):
+        y, new = run(np.full((1, 3), 5, np.float32), virtual_batch_size=size)
+    np.testing.assert_array_equal(y, np.float32([[1, 2, 3]]))
+    chex.assert_trees_all_equal(new, BATCH_STATS)
+    with pytest.raises(ValueError, match="a divisor of the 1 examples"):
+        jax.vmap(
+            lambda x: run(x, virtual_batch_size=2, axis_name="data"), axis_name="data", out_axes=(0, None)
+        )(np.zeros((2, 1, 3), np.float32))
+
+
 @both
 def test_a_batch_of_no_rows_changes_nothing(door):
     y, new = door(BATCH_STATS, np.zeros((0, 3), np.float32))

@@ -48,12 +48,14 @@ def prepare(
     residual: Any,
     dtype: Dtype | None,
     initializing: bool,
+    in_layer: bool,
     training: bool,
     measures: bool,
 ) -> Prepared:
     """All arguments but x and the mode, which `prepare_x` and `prepare_flag` have prepared.
 
-    While a layer is `initializing` there are no other devices, and groups need not divide the batch.
+    While a layer is `initializing` there are no other devices, and groups need not divide the batch. In a
+    layer a single example is a group too, as people look at models by one.
     An axis name has to be bound only where the batch is measured.
     """
     params, batch_stats, options = unwrapped(params), unwrapped(batch_stats), options.unwrapped()
@@ -68,6 +70,8 @@ def prepare(
             options, axis_name=None, axis_index_groups=None, virtual_batch_size=None
         )
     elif training:
+        if in_layer and options.axis_name is None and axes and x.shape[axes[0]] == 1:
+            options = dataclasses.replace(options, virtual_batch_size=None)
         check_groups(options, x, axes)
     axis_name, groups = prepare_axis_name(options.axis_name, options.axis_index_groups)
     reduction = Reduction(axes, axis_name, groups, axis_size(axis_name, groups) if measures else 1)

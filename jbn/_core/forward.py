@@ -56,6 +56,7 @@ def apply(
         residual=residual,
         dtype=dtype,
         initializing=initializing,
+        in_layer=layer is not None,
         training=evaluating is not True,
         measures=measures,
     )
