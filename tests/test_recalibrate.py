@@ -1,5 +1,6 @@
 """Population statistics of a stream of batches: pooled equals concatenated."""
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,47 @@ def test_a_layer_whose_statistics_go_over_time(kind, carried, stacked):
     new = jbn.tools.recalibrate(OverTime(kind, carried, stacked).apply, variables, sequences)
     assert_close(new["batch_stats"]["norm"]["mean"], X[:48].mean(0), TOLERANCE)
     assert_close(new["batch_stats"]["norm"]["var"], X[:48].var(0), TOLERANCE)
+
+
+class Step(nn.Module):
+    kind: type
+
+    @nn.compact
+    def __call__(self, carry, x):
+        return carry, self.kind(use_running_average=False, name="norm")(x)
+
+
+@pytest.mark.parametrize("kind", [jbn.linen.BatchNorm, nn.BatchNorm], ids=["jbn", "flax"])
+def test_a_scan_over_time_that_is_the_whole_model(kind):
+    """Its carry is there before any module runs. The variables are a FrozenDict, and stay one."""
+    sequences = np.split(X[:48].reshape(4, 12, 3), [5], axis=1)
+    scan = nn.scan(
+        Step, variable_broadcast="params", variable_carry="batch_stats", split_rngs={"params": False}
+    )
+    params, stats = jbn.init(3)
+    variables = flax.core.freeze({"params": {"norm": params}, "batch_stats": {"norm": stats}})
+    train = lambda variables, x, **options: scan(kind).apply(variables, None, x, **options)  # noqa: E731
+    new = jbn.tools.recalibrate(train, variables, sequences)
+    assert_close(new["batch_stats"]["norm"]["mean"], X[:48].mean(0), TOLERANCE)
+    assert_close(new["batch_stats"]["norm"]["var"], X[:48].var(0), TOLERANCE)
+    assert jax.tree.structure(new) == jax.tree.structure(variables)
+
+
+@pytest.mark.parametrize("model", ["linen", "pure"])
+def test_type_errors_of_the_model_come_through(model):
+    variables, train = linen()
+    if model == "pure":
+        variables = {"batch_stats": jbn.init(3)[1]}
+        train = lambda v, x, **options: jbn.batch_norm(  # noqa: E731
+            None, v["batch_stats"], x, use_running_average=False, return_moments=True
+        )
+
+    def broken(variables, x, **options):
+        train(variables, x, **options)
+        raise TypeError("the model's own")
+
+    with pytest.raises(TypeError, match="the model's own"):
+        jbn.tools.recalibrate(broken, variables, PARTS)
 
 
 def test_wide_rows_of_a_layer_whose_statistics_go_over_time(x64):

@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
+from flax.core import meta, unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
@@ -149,29 +150,37 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def training_moments_alone() -> Iterator[None]:
+def training_moments_alone() -> Iterator[list[str]]:
     """`replace_batch_norm()` in which layers leave moments in training mode only, as recalibration needs.
 
     They leave them in `batch_stats`, as `moments` beside `mean`: lifted transforms need not know of another
-    collection, and `nn.scan` that carries the statistics over time has the place from the start.
+    collection, and `nn.scan` that carries the statistics over time has the place from the start. The list
+    that comes has the names of what got places inside; `with_places` gives them before.
     """
+    placed: list[str] = []
 
-    def with_places(
-        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
+    def place(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         scope: Any = context.module.scope
         if scope is not None and scope.parent is None and scope.is_mutable_collection("batch_stats"):
-            for name, place in _places(scope.variables().get("batch_stats", {})).items():
-                scope.put_variable("batch_stats", name, place)
+            for name, places in _places(scope.variables().get("batch_stats", {})).items():
+                scope.put_variable("batch_stats", name, places)
+                placed.append(name)
         return call(*args, **kwargs)
 
     token = TRAINING_ALONE.set(True)
     again = set_xla_metadata(jbn_training_moments="alone")
     try:
-        with _replacing(_Replacement()), nn.intercept_methods(with_places), again:
-            yield
+        with _replacing(_Replacement()), nn.intercept_methods(place), again:
+            yield placed
     finally:
         TRAINING_ALONE.reset(token)
+
+
+def with_places(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of linen with places for moments in them."""
+    stats = unfreeze(variables["batch_stats"])
+    both = unflatten_dict(flatten_dict(stats) | flatten_dict(_places(stats)))
+    return {**variables, "batch_stats": both}
 
 
 def _places(stats: Mapping[str, Any]) -> dict[str, Any]:
