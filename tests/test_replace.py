@@ -352,6 +352,11 @@ def test_classes_of_nnx_that_somebody_else_wrote():
     assert_close(y, (X - X.mean(0)) / np.sqrt(X.var(0) + 0.1), 1e-5)
 
 
+def test_classes_of_nnx_without_values():
+    abstract = nnx.eval_shape(lambda: NnxTheirs(3))
+    assert jbn.nnx.replace_batch_norm(abstract, classes=(NnxTheirs,)).num_features == 3
+
+
 def test_a_model_stays_as_it_is_where_one_layer_does_not_fit():
     class OtherNames(NnxTheirs):
         def __init__(self):

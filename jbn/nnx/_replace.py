@@ -126,7 +126,7 @@ def replace_batch_norm(
                 if name in OWN_SETTINGS or not hasattr(layer, name):
                     setattr(layer, name, value)
             if not hasattr(layer, "num_features"):
-                layer.num_features = layer.mean[...].shape[-1]
+                layer.num_features = layer.mean.get_value().shape[-1]
         for name, value in overrides.items():
             setattr(layer, name, setting(value))
     return model
