@@ -1,4 +1,4 @@
-"""The layer for Flax NNX: variables, and one call into the core."""
+"""The layer for Flax NNX: variables, and one call into the core; and the variable for its moments."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.nn.initializers import Initializer, ones, zeros
@@ -16,12 +17,25 @@ from jbn._core.arguments import prepare_flag, prepare_x
 from jbn._core.dtypes import promote_stats
 from jbn._core.errors import error, named_errors
 from jbn._core.forward import apply
-from jbn._core.moments import merge
+from jbn._core.moments import Moments, merge
 from jbn._core.options import Options, check_debias_init, check_static, counters
 from jbn._core.renorm import Renorm
 from jbn._core.types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
-from jbn.nnx._moments import BatchMoments
-from jbn.nnx._settings import setting
+
+
+class BatchMoments(nnx.BatchStat[Moments]):
+    """The moments of a layer's batches: the counterpart of linen's collection `batch_moments`.
+
+    As a filter it selects these alone. `nnx.BatchStat`, its base class, selects all statistics.
+
+    Example:
+      >>> import jbn.nnx
+      >>> from flax import nnx
+      >>> layer = jbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> jbn.nnx.keep_batch_moments(layer)
+      >>> list(nnx.to_pure_dict(nnx.state(layer, jbn.nnx.BatchMoments)))
+      ['batch_moments']
+    """
 
 
 class BatchNorm(nnx.Module):
@@ -141,7 +155,7 @@ class BatchNorm(nnx.Module):
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
-        self.momentum = setting(momentum)
+        self.momentum = as_attribute(momentum)
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -156,9 +170,9 @@ class BatchNorm(nnx.Module):
         self.debias = debias
         self.skip_nonfinite = skip_nonfinite
         self.virtual_batch_size = virtual_batch_size
-        self.renorm = setting(renorm)
+        self.renorm = as_attribute(renorm)
         self.activation = activation
-        self.blend = setting(blend)
+        self.blend = as_attribute(blend)
         with named_errors(f"jbn.nnx.BatchNorm of {num_features} features"):
             check_debias_init(debias, mean_init, var_init)
 
@@ -261,3 +275,9 @@ class BatchNorm(nnx.Module):
 
         with jax.numpy_dtype_promotion("standard"):  # also where promotion is strict
             return jax.eval_shape(a_value, arrays).dtype
+
+
+def as_attribute(value: Any) -> Any:
+    """A setting as NNX holds it: arrays, as schedules give them, are data and no constants."""
+    arrays = (jax.Array, np.ndarray)
+    return nnx.data(value) if any(isinstance(leaf, arrays) for leaf in jax.tree.leaves(value)) else value

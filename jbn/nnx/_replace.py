@@ -11,15 +11,20 @@ from jbn._core.errors import error, names_errors
 from jbn._core.layer_filter import Where, check_where, matches
 from jbn._core.moments import Moments
 from jbn._core.options import counters
-from jbn.nnx._layer import BatchNorm
-from jbn.nnx._moments import BatchMoments
-from jbn.nnx._settings import FLAX_SETTINGS, OWN_SETTINGS, setting
+from jbn.nnx._layer import BatchMoments, BatchNorm, as_attribute
 
 Model = TypeVar("Model", bound=nnx.Module)
 
-_DEFAULTS = OWN_SETTINGS | {
-    name: inspect.signature(BatchNorm.__init__).parameters[name].default for name in FLAX_SETTINGS
+# Arguments of the layer that are about its variables, which a replaced layer has already.
+_OF_VARIABLES = {"self", "num_features", "rngs", "param_dtype", "use_bias", "use_scale"} | {
+    f"{name}_{kind}" for name in ("bias", "scale", "mean", "var") for kind in ("init", "metadata")
 }
+_SETTINGS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(BatchNorm.__init__).parameters.items()
+    if name not in _OF_VARIABLES
+}
+_OWN = set(_SETTINGS) - set(inspect.signature(nnx.BatchNorm.__init__).parameters)
 
 
 @names_errors
@@ -83,12 +88,11 @@ def replace_batch_norm(
       >>> type(model.layers[1]) is jbn.nnx.BatchNorm, model.layers[1].axis_name
       (True, 'data')
     """
-    settings = (*FLAX_SETTINGS, *OWN_SETTINGS)
-    if unknown := sorted(set(overrides) - set(settings)):
+    if unknown := sorted(set(overrides) - set(_SETTINGS)):
         raise error(
             "overrides",
             ", ".join(unknown),
-            f"settings of jbn.nnx.BatchNorm ({', '.join(settings)})",
+            f"settings of jbn.nnx.BatchNorm ({', '.join(_SETTINGS)})",
             "Check the spelling.",
         )
     check_where(where, classes, nnx.Module, BatchNorm)
@@ -117,19 +121,22 @@ def replace_batch_norm(
     for module in modules:
         _check_variables(module)
     for module in modules:
-        layer: Any = module
         if type(module) is not BatchNorm:
-            # The class alone: wherever the layer is held, and by however many, it stays one object.
-            layer.__class__ = BatchNorm
-            layer.count, layer.rows, layer.batch_moments = (nnx.data(None) for _ in range(3))
-            for name, value in _DEFAULTS.items():
-                if name in OWN_SETTINGS or not hasattr(layer, name):
-                    setattr(layer, name, value)
-            if not hasattr(layer, "num_features"):
-                layer.num_features = layer.mean.get_value().shape[-1]
+            _become_ours(module)
         for name, value in overrides.items():
-            setattr(layer, name, setting(value))
+            setattr(module, name, as_attribute(value))
     return model
+
+
+def _become_ours(layer: Any) -> None:
+    """The class alone is changed: wherever the layer is held, and by however many, it stays one object."""
+    layer.__class__ = BatchNorm
+    layer.count, layer.rows, layer.batch_moments = (nnx.data(None) for _ in range(3))
+    for name, value in _SETTINGS.items():
+        if name in _OWN or not hasattr(layer, name):
+            setattr(layer, name, value)
+    if not hasattr(layer, "num_features"):
+        layer.num_features = layer.mean.get_value().shape[-1]
 
 
 def _check_variables(module: nnx.Module) -> None:
