@@ -9,7 +9,7 @@ import chex
 import jax
 import pytest
 
-from tests.compiling import FAST_FLAGS
+from tests.support.compiling import FAST_FLAGS
 
 # Before the first array: XLA reads its flags once. Whoever sets some finds the programs compiled as he asks.
 os.environ.setdefault("XLA_FLAGS", FAST_FLAGS)
@@ -58,7 +58,7 @@ def _count_traces_anew():
 @pytest.fixture
 def flax_promotion():
     """Flax's layers need implicit promotion of dtypes and ranks."""
-    from tests.cases import loosely
+    from tests.support.cases import loosely
 
     with loosely():
         yield

@@ -1,0 +1,79 @@
+"""What recalibration warns of: layers that never ran, and batches that are not finite."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+import jbn.linen
+import jbn.tools
+from tests.support.cases import assert_close, assert_trees_close
+from tests.support.recalibration import PARTS, TOLERANCE, X, linen
+
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
+
+def whole(text):
+    return f"^{re.escape(text)}$"
+
+
+NEVER = (
+    "jbn.tools.recalibrate: {} never ran in training mode, so the old statistics stay there. Does "
+    "apply_fn run the whole model in training mode, with nothing frozen?"
+)
+
+
+def test_a_layer_that_never_ran_is_named_and_kept():
+    variables, train = linen()
+    variables["batch_stats"]["idle"] = {"mean": jnp.full(2, 7.0), "var": jnp.full(2, 9.0)}
+    with pytest.warns(UserWarning, match=whole(NEVER.format("idle"))):
+        new = jbn.tools.recalibrate(train, variables, PARTS)
+    assert_trees_close(new["batch_stats"]["idle"], variables["batch_stats"]["idle"], 0.0)
+    assert_close(new["batch_stats"]["first"]["mean"], X.mean(0), TOLERANCE)
+
+
+def test_layers_that_saw_no_row_are_named_and_kept():
+    """The second one, of two that share the model."""
+
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = jbn.linen.BatchNorm(use_running_average=False, name="first")(x)
+            return jbn.linen.BatchNorm(use_running_average=False, name="second")(
+                x, mask=np.zeros(len(x), bool)
+            )
+
+    net = Masked()
+    variables = net.init(jax.random.key(0), X)
+    with pytest.warns(UserWarning, match=whole(NEVER.format("second"))):
+        new = jbn.tools.recalibrate(net.apply, variables, PARTS)
+    assert_trees_close(new["batch_stats"]["second"], variables["batch_stats"]["second"], 0.0)
+
+
+def test_layers_in_evaluation_mode_are_named_and_kept():
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = jbn.linen.BatchNorm(use_running_average=True, name="first")(x)
+            return jbn.linen.BatchNorm(use_running_average=False, name="second")(x)
+
+    net = Half()
+    variables = net.init(jax.random.key(0), X)
+    with pytest.warns(UserWarning, match=whole(NEVER.format("first"))):
+        new = jbn.tools.recalibrate(net.apply, variables, PARTS)
+    assert_trees_close(new["batch_stats"]["first"], variables["batch_stats"]["first"], 0.0)
+    assert_close(new["batch_stats"]["second"]["var"], X.var(0) / np.float32(1 + 1e-5), TOLERANCE)
+
+
+def test_batches_that_are_not_finite_are_told():
+    variables, train = linen()
+    text = (
+        "jbn.tools.recalibrate: the batches gave NaN or inf in first, second. Look for NaN in the data, and "
+        "for layers before these that give it."
+    )
+    with pytest.warns(UserWarning, match=whole(text)):
+        jbn.tools.recalibrate(train, variables, [X[:8], X[8:] * np.float32(np.inf)])
