@@ -22,7 +22,7 @@ from jbn._core.options import Options, check_debias_init, check_static, counters
 from jbn._core.renorm import Renorm
 from jbn._core.types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
 
-TRAINING_ALONE: ContextVar[bool] = ContextVar("training_alone", default=False)
+ONLY_TRAINING_MOMENTS: ContextVar[bool] = ContextVar("training_alone", default=False)
 """Whether moments are left in training mode alone: recalibration takes no others."""
 
 serialization.register_serialization_state(
@@ -157,7 +157,7 @@ class BatchNorm(nn.Module):
             flag = True if self.frozen else self._mode(use_running_average)
             x, axes = prepare_x(x, self.axis)
             params = self._params(feature_shape(x, axes))
-            running = self._running(x, feature_shape(x, axes))
+            running = self._running_stats(x, feature_shape(x, axes))
             initializing = self.is_initializing()
             writes = update_batch_stats and flag is not True and not initializing
             if writes and not self.is_mutable_collection("batch_stats"):
@@ -181,13 +181,13 @@ class BatchNorm(nn.Module):
                 residual=residual,
                 dtype=dtype,
                 initializing=initializing,
-                with_moments=self._place_of_moments() is not None and not TRAINING_ALONE.get(),
+                with_moments=self._moments_collection() is not None and not ONLY_TRAINING_MOMENTS.get(),
                 layer=name,
             )
         if writes:
             for entry, variable in running.items():
                 variable.value = batch_stats[entry]
-        place = None if moments is None or initializing else self._place_of_moments()
+        place = None if moments is None or initializing else self._moments_collection()
         if moments is not None and place is not None:
             if self.has_variable(place, "moments"):
                 moments = merge(self.get_variable(place, "moments"), moments)
@@ -195,12 +195,12 @@ class BatchNorm(nn.Module):
         return y
 
     @nn.nowrap
-    def _place_of_moments(self) -> str | None:
+    def _moments_collection(self) -> str | None:
         """The collection for moments, if it is asked for by name: `mutable=True` gives those that Flax gives.
 
         Recalibration has them beside the statistics, to go with these through `nn.scan` and `nn.vmap`.
         """
-        beside = TRAINING_ALONE.get() and self.has_variable("batch_stats", "moments")
+        beside = ONLY_TRAINING_MOMENTS.get() and self.has_variable("batch_stats", "moments")
         if beside and self.is_mutable_collection("batch_stats"):
             return "batch_stats"
         asked = None if self.scope is None else self.scope.mutable
@@ -232,7 +232,7 @@ class BatchNorm(nn.Module):
         return params
 
     @nn.nowrap
-    def _running(self, x: X, features: tuple[int, ...]) -> dict[str, nn.Variable[Array]]:
+    def _running_stats(self, x: X, features: tuple[int, ...]) -> dict[str, nn.Variable[Array]]:
         """The running statistics. After the parameters, whose keys are then those that Flax gives."""
         if not self.has_variable("batch_stats", "mean") and not self.is_mutable_collection("batch_stats"):
             raise error(

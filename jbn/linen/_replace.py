@@ -21,7 +21,7 @@ from jbn._core.errors import error, named_errors
 from jbn._core.layer_filter import Where, check_where, matches
 from jbn._core.moments import Moments
 from jbn._core.types import Flag, X
-from jbn.linen._layer import TRAINING_ALONE, BatchNorm
+from jbn.linen._layer import ONLY_TRAINING_MOMENTS, BatchNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Replacement:
         overrides = [part for item in sorted(self.overrides.items()) for part in item]
         return " ".join(map(_key, (self.where, *self.classes, *overrides)))
 
-    def means(self, layer: nn.Module) -> bool:
+    def applies_to(self, layer: nn.Module) -> bool:
         known = (nn.BatchNorm, BatchNorm, *self.classes)
         meant = type(layer) in known and matches(self.where, "/".join(layer.path))
         name = type(layer).__name__
@@ -150,42 +150,42 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def training_moments_alone() -> Iterator[list[str]]:
+def only_training_moments() -> Iterator[list[str]]:
     """`replace_batch_norm()` in which layers leave moments in training mode only, as recalibration needs.
 
     They leave them in `batch_stats`, as `moments` beside `mean`: lifted transforms need not know of another
     collection, and `nn.scan` that carries the statistics over time has the place from the start. The list
-    that comes has the names of what got places inside; `with_places` gives them before.
+    that comes has the names of what got places inside; `with_empty_moments` puts them there before.
     """
     placed: list[str] = []
 
     def place(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         scope: Any = context.module.scope
         if scope is not None and scope.parent is None and scope.is_mutable_collection("batch_stats"):
-            for name, places in _places(scope.variables().get("batch_stats", {})).items():
+            for name, places in _empty_moments(scope.variables().get("batch_stats", {})).items():
                 scope.put_variable("batch_stats", name, places)
                 placed.append(name)
         return call(*args, **kwargs)
 
-    token = TRAINING_ALONE.set(True)
+    token = ONLY_TRAINING_MOMENTS.set(True)
     again = set_xla_metadata(jbn_training_moments="alone")
     try:
         with _replacing(_Replacement()), nn.intercept_methods(place), again:
             yield placed
     finally:
-        TRAINING_ALONE.reset(token)
+        ONLY_TRAINING_MOMENTS.reset(token)
 
 
-def with_places(variables: Mapping[str, Any]) -> dict[str, Any]:
+def with_empty_moments(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Variables of linen with places for moments in them."""
     stats = unfreeze(variables["batch_stats"])
-    both = unflatten_dict(flatten_dict(stats) | flatten_dict(_places(stats)))
+    both = unflatten_dict(flatten_dict(stats) | flatten_dict(_empty_moments(stats)))
     return {**variables, "batch_stats": both}
 
 
-def _places(stats: Mapping[str, Any]) -> dict[str, Any]:
+def _empty_moments(stats: Mapping[str, Any]) -> dict[str, Any]:
     """Moments of no rows for every batch norm that has none yet, as a tree of their places."""
-    below = {name: _places(tree) for name, tree in stats.items() if isinstance(tree, Mapping)}
+    below = {name: _empty_moments(tree) for name, tree in stats.items() if isinstance(tree, Mapping)}
     places: dict[str, Any] = {name: tree for name, tree in below.items() if tree}
     if {"mean", "var"} <= set(stats) and "moments" not in stats:
         mean, var = (meta.unbox(stats[name]) for name in ("mean", "var"))
@@ -204,7 +204,7 @@ def _replacing(replacement: _Replacement) -> Iterator[None]:
         layer = context.module
         if context.method_name != "__call__" or isinstance(layer, _StandIn):
             return call(*args, **kwargs)
-        meant = [each for each in _ACTIVE.get() if each.means(layer)]
+        meant = [each for each in _ACTIVE.get() if each.applies_to(layer)]
         overrides = {name: value for each in meant for name, value in each.overrides.items()}
         if not meant or (type(layer) is BatchNorm and not overrides):
             return call(*args, **kwargs)

@@ -216,7 +216,7 @@ class BatchNorm(nnx.Module):
                 x,
                 axes,
                 jax.lax.stop_gradient(params) if self.frozen else params,
-                promote_stats({entry: variable[...] for entry, variable in self._running().items()}, x),
+                promote_stats({entry: variable[...] for entry, variable in self._running_stats().items()}, x),
                 flag,
                 Options.of(self),
                 mask=mask,
@@ -227,7 +227,7 @@ class BatchNorm(nnx.Module):
                 layer=name,
             )
         if update_batch_stats and flag is not True:
-            for entry, variable in self._running().items():
+            for entry, variable in self._running_stats().items():
                 value = batch_stats[entry]
                 if variable[...].dtype == value.dtype:
                     variable[...] = value
@@ -246,7 +246,7 @@ class BatchNorm(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
-    def _running(self) -> dict[str, nnx.BatchStat[Array]]:
+    def _running_stats(self) -> dict[str, nnx.BatchStat[Array]]:
         """The running statistics, as many as the options need."""
         variables = {"mean": self.mean, "var": self.var, "count": self.count, "rows": self.rows}
         return {name: variable for name, variable in variables.items() if variable is not None}

@@ -32,7 +32,7 @@ def weight_decay_mask(variables: Variables) -> Any:
       >>> print(jbn.tools.weight_decay_mask(variables)["layers_1"])
       {'bias': False, 'scale': False}
     """
-    return _placed(variables, False, True)
+    return _label(variables, False, True)
 
 
 @names_errors
@@ -60,10 +60,10 @@ def freeze(variables: Variables) -> Any:
       >>> print(labels["layers_0"], labels["layers_1"])
       {'bias': 'trainable', 'kernel': 'trainable'} {'bias': 'frozen', 'scale': 'frozen'}
     """
-    return _placed(variables, "frozen", "trainable")
+    return _label(variables, "frozen", "trainable")
 
 
-def _placed(variables: Variables, inside: Any, outside: Any) -> Any:
+def _label(variables: Variables, inside: Any, outside: Any) -> Any:
     """The parameters' tree with one value in the place of those of batch norms, and another elsewhere."""
     norms = {(*path, name) for path, layer in batch_norms(variables).items() for name in layer.params}
     tree = as_dicts(variables).get("params", {})

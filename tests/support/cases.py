@@ -94,7 +94,7 @@ class Case:
         return mask
 
     def weights(self):
-        from tests import reference
+        from tests.support import reference
 
         return reference.full_weights(np.empty(self.shape), self.axis, self.make_mask())
 

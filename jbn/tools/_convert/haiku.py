@@ -58,7 +58,7 @@ def from_haiku(
     for argument, part in (("mean_ema", mean_ema), ("var_ema", var_ema)):
         check_names(argument, part, ema, ema, HAIKU.reading)
         named |= {f"{argument}/{name}": part[name] for name in ("average", "counter")}
-    given = {name: _flat(name, value) for name, value in named.items()}
+    given = {name: _squeeze(name, value) for name, value in named.items()}
     counter, other = given["mean_ema/counter"], given.pop("var_ema/counter")
     if not np.array_equal(counter, other):
         expected = f"that of mean_ema, {counter}"
@@ -117,7 +117,7 @@ def to_haiku(
     return {name.removeprefix("params/"): array for name, array in new.items()}, emas[0], emas[1]
 
 
-def _flat(name: str, value: Any) -> np.ndarray:
+def _squeeze(name: str, value: Any) -> np.ndarray:
     """[C] of [1, .., 1, C] or [1, C, 1, .., 1]; anything else as it is."""
     array = to_numpy(label_of(name), value)
     return array.reshape(-1) if array.ndim and sum(size != 1 for size in array.shape) <= 1 else array

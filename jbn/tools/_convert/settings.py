@@ -54,7 +54,7 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
       >>> print(jbn.tools.settings_from("torch", momentum=0.1, affine=False))
       {'momentum': 0.9, 'epsilon': 1e-05, 'use_scale': False, 'use_bias': False}
     """
-    table = _described(library).settings
+    table = _library(library).settings
     renorm = _renorm_from(theirs) if library == "keras" else {}
     theirs = {name: value for name, value in theirs.items() if not renorm or name not in _RENORM}
     required = [name for name, (_, default) in table.items() if default is ...]
@@ -69,7 +69,7 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
     if library == "torch":
         ours["use_bias"] = ours["use_scale"] and ours["use_bias"]
     if library == "equinox":
-        _one_of("mode", ours.pop("mode"), {"batch": None})
+        _look_up("mode", ours.pop("mode"), {"batch": None})
         ours["use_bias"] = ours["use_scale"]
     return ours | {"momentum": _momentum(library, ours["momentum"])} | renorm
 
@@ -96,7 +96,7 @@ def settings_to(library: str, /, **ours: Any) -> dict[str, Any]:
       >>> print(jbn.tools.settings_to("torch", momentum=0.9))
       {'momentum': 0.1, 'eps': 1e-05, 'affine': True}
     """
-    described = _described(library)
+    described = _library(library)
     table = described.settings
     renorm = _renorm_to(ours.pop("renorm")) if library == "keras" and "renorm" in ours else {}
     keys = {key for key, _ in table.values()} - {"mode"} | {"use_bias"}
@@ -108,7 +108,7 @@ def settings_to(library: str, /, **ours: Any) -> dict[str, Any]:
     affine = [name for name in ("scale", "bias") if full[f"use_{name}"]]
     check_together("ours", affine, described.together)
     if library == "haiku":
-        full["axis"] = _one_of("axis", full["axis"], {axis: name for name, axis in _AXES.items()})
+        full["axis"] = _look_up("axis", full["axis"], {axis: name for name, axis in _AXES.items()})
     full |= {"momentum": _momentum(library, full["momentum"]), "mode": "batch"}
     theirs = {name: full[key] for name, (key, _) in table.items()}
     if library == "torch" and theirs["bias"] == theirs["affine"]:
@@ -148,7 +148,7 @@ def _renorm_to(renorm: Any) -> dict[str, Any]:
     return {"renorm": True, "renorm_clipping": limits}
 
 
-def _described(library: Any) -> Library:
+def _library(library: Any) -> Library:
     if not isinstance(library, str) or library not in LIBRARIES:
         raise error("library", repr(library), ", ".join(LIBRARIES), "Name one of these.")
     return LIBRARIES[library]
@@ -184,7 +184,7 @@ def _feature_axis(data_format: Any) -> int:
     raise error("data_format", repr(data_format), expected, _NOTHING_ELSE)
 
 
-def _one_of(argument: str, value: Any, known: Mapping[Any, Any]) -> Any:
+def _look_up(argument: str, value: Any, known: Mapping[Any, Any]) -> Any:
     if value not in list(known):
         raise error(argument, repr(value), " or ".join(map(repr, known)), _NOTHING_ELSE)
     return known[value]

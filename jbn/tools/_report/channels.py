@@ -93,16 +93,18 @@ class Channels:
     nonfinite: Bool[np.ndarray, "C"]
 
 
-def measured(path: str, layer: Layer, batch: Moments | None, epsilon: float) -> tuple[LayerReport, Channels]:
+def measure_layer(
+    path: str, layer: Layer, batch: Moments | None, epsilon: float
+) -> tuple[LayerReport, Channels]:
     """A row of the table, and what it sums up."""
     stats = {name: layer.batch_stats[name] for name in ("mean", "var", "count") if name in layer.batch_stats}
     given = stats | layer.params
     given |= {} if batch is None else {f"batch {name}": value for name, value in vars(batch).items()}
-    host = {name: _host(_of(path, name), value) for name, value in given.items()}
+    host = {name: _to_host(_argument_name(path, name), value) for name, value in given.items()}
     count = host.pop("count", None)
-    values = _aligned(path, host)
+    values = _align_channels(path, host)
     with np.errstate(all="ignore"):
-        channels = _channels(values, epsilon)
+        channels = _measure_channels(values, epsilon)
     fresh = channels.var.size > 0 and not channels.mean.any() and bool((channels.var == 1).all())
     row = LayerReport(
         path,
@@ -119,12 +121,12 @@ def measured(path: str, layer: Layer, batch: Moments | None, epsilon: float) -> 
     return row, channels
 
 
-def _of(path: str, name: str) -> str:
+def _argument_name(path: str, name: str) -> str:
     """An array of a layer in errors."""
     return f"{name} of {path!r}" if path else name
 
 
-def _host(argument: str, value: Any) -> np.ndarray:
+def _to_host(argument: str, value: Any) -> np.ndarray:
     """The value as float64 or complex128."""
     try:
         array = np.asarray(value)
@@ -137,24 +139,24 @@ def _host(argument: str, value: Any) -> np.ndarray:
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
-def _aligned(path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _align_channels(path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """All arrays of a layer as [C]: of one shape, or some of them shared by layers that are stacked."""
     shape = max((array.shape for array in arrays.values()), key=len)
     for name, array in arrays.items():
         if shape[len(shape) - array.ndim :] != array.shape:
             got, expected = f"of shape {array.shape}", f"{shape}, or the last axes of it, as for the others"
             fix = "Take moments and variables from the same model."
-            raise error(_of(path, name), got, expected, fix)
+            raise error(_argument_name(path, name), got, expected, fix)
     return {name: np.broadcast_to(array, shape).ravel() for name, array in arrays.items()}
 
 
-def _channels(values: Mapping[str, np.ndarray], epsilon: float) -> Channels:
+def _measure_channels(values: Mapping[str, np.ndarray], epsilon: float) -> Channels:
     """The formulas of `report`, per channel."""
     mean, var = values["mean"], values["var"].real
     rows, batch_mean, batch_var = (values.get(f"batch {n}", np.zeros(1)) for n in ("count", "mean", "var"))
     known = np.broadcast_to(rows != 0, var.shape)
     scale = np.abs(values["scale"]) if "scale" in values else None
-    inverse, batch_inverse = _inverse_deviation(var, epsilon), _inverse_deviation(batch_var, epsilon)
+    inverse, batch_inverse = _inverse_std(var, epsilon), _inverse_std(batch_var, epsilon)
     offset = mean - batch_mean
     drift = np.sqrt(batch_var * (inverse - batch_inverse) ** 2 + np.abs(offset * inverse) ** 2)
     mean_drift = (np.abs(offset) if np.iscomplexobj(offset) else offset) * batch_inverse
@@ -178,7 +180,7 @@ def _channels(values: Mapping[str, np.ndarray], epsilon: float) -> Channels:
     )
 
 
-def _inverse_deviation(var: np.ndarray, epsilon: float) -> np.ndarray:
+def _inverse_std(var: np.ndarray, epsilon: float) -> np.ndarray:
     """1 / sqrt(var + epsilon), and 0 where both are 0, as the layers have it."""
     square = var + epsilon
     return np.where(square == 0, 0, 1 / np.sqrt(square))

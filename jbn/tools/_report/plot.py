@@ -118,8 +118,10 @@ def plot(
     for axes, panel in zip(grid, panels, strict=True):
         _draw(axes, panel, found)
     _name_layers(grid[0], found.rows)
-    _remark(grid[-1], found.rows)
-    title = "\n".join(textwrap.fill(note, _LETTERS) for note in found.notes or (_fine(found, known),))
+    _annotate_layers(grid[-1], found.rows)
+    title = "\n".join(
+        textwrap.fill(note, _LETTERS) for note in found.notes or (_title_where_fine(found, known),)
+    )
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_DARK, parse_math=False)
     legend = _LEGEND + (_DRIFT_LEGEND if known else _RANGE_LEGEND)
     figure.supxlabel(legend, x=0.01, ha="left", fontsize=9, color=_DARK)
@@ -141,7 +143,7 @@ def _check_path(path: Any) -> None:
         raise error("path", repr(path), expected, "For example 'drift.png'.")
 
 
-def _fine(found: Report, known: bool) -> str:
+def _title_where_fine(found: Report, known: bool) -> str:
     """The title where nothing is wrong."""
     worst = max((row.drift for row in found.rows if row.drift is not None), default=0.0)
     layers = f"{len(found.rows)} batch norm{'s' if len(found.rows) > 1 else ''}"
@@ -202,16 +204,18 @@ def _set_scale(axes: "Axes", scale: str) -> None:
 
 
 def _name_layers(axes: "Axes", rows: Sequence[LayerReport]) -> None:
-    axes.set_yticks(range(len(rows)), [_short(row.path or ".") for row in rows], fontsize=9, parse_math=False)
+    axes.set_yticks(
+        range(len(rows)), [_shorten(row.path or ".") for row in rows], fontsize=9, parse_math=False
+    )
     axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
-def _short(path: str) -> str:
+def _shorten(path: str) -> str:
     half = (_LONGEST - 3) // 2
     return path if len(path) <= _LONGEST else f"{path[:half]}...{path[-half:]}"
 
 
-def _remark(axes: "Axes", rows: Sequence[LayerReport]) -> None:
+def _annotate_layers(axes: "Axes", rows: Sequence[LayerReport]) -> None:
     """To the right of each layer: its drift, and what is wrong in it."""
     for place, row in enumerate(rows):
         parts = [f"drift {row.drift:.2f}"] if row.drift is not None else []

@@ -13,7 +13,7 @@ from jbn._core.moments import Moments
 from jbn._core.options import check_epsilon
 from jbn.nnx import BatchMoments
 from jbn.tools._models import Layer, Path, Variables, batch_moments, batch_norms, moments_of, path_name
-from jbn.tools._report.channels import LayerReport, measured
+from jbn.tools._report.channels import LayerReport, measure_layer
 from jbn.tools._report.table import Report
 
 MomentsOf: TypeAlias = Mapping[str, Moments] | Mapping[Path, Moments] | Variables
@@ -84,7 +84,7 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
     layers = batch_norms(variables)
     batches = _batches(variables, moments, layers)
     found = [
-        measured(path_name(path), layers[path], batches.get(path), epsilon)
+        measure_layer(path_name(path), layers[path], batches.get(path), epsilon)
         for path in sorted(layers, key=lambda path: _by_number(path_name(path)))
     ]
     if any(row.drift is not None for row, _ in found):

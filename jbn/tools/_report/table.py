@@ -133,7 +133,7 @@ class Report:
     def __str__(self) -> str:
         return "\n\n".join(
             textwrap.fill(part, _WIDTH) if isinstance(part, str) else _table(self.rows, part)
-            for part in (*_parts(self.rows), *self.notes)
+            for part in (*_columns(self.rows), *self.notes)
         )
 
     __repr__ = __str__
@@ -142,7 +142,7 @@ class Report:
         return Group(
             *(
                 Text(f"{part}\n") if isinstance(part, str) else _rich_table(self.rows, part)
-                for part in (*_parts(self.rows), *self.notes)
+                for part in (*_columns(self.rows), *self.notes)
             )
         )
 
@@ -151,32 +151,32 @@ class Report:
         return f"{len(paths)} of {len(self.rows)} layer{plural} {one if len(paths) == 1 else many}"
 
 
-def _parts(rows: Sequence[LayerReport]) -> list[str | dict[str, list[str]]]:
+def _columns(rows: Sequence[LayerReport]) -> list[str | dict[str, list[str]]]:
     """The columns of one table, or of two with a text between them if there is a drift to tell."""
     about = {
         "channels": [str(row.channels) for row in rows],
-        "updates": [_updates(row) for row in rows],
+        "updates": [_format_updates(row) for row in rows],
     }
     wrong = {
         "dead": [str(row.dead) for row in rows],
         "non-finite": [str(row.nonfinite or "") for row in rows],
     }
     ranges = {
-        "mean": [_range(row.mean_min, row.mean_max) for row in rows],
-        "var": [_range(row.var_min, row.var_max) for row in rows],
-        "|scale|": [_range(row.scale_min, row.scale_max) for row in rows],
+        "mean": [_format_range(row.mean_min, row.mean_max) for row in rows],
+        "var": [_format_range(row.var_min, row.var_max) for row in rows],
+        "|scale|": [_format_range(row.scale_min, row.scale_max) for row in rows],
     }
     if all(row.drift is None for row in rows):
         return [about | ranges | wrong]
     drifts = {
-        "drift": [_fixed(row.drift) for row in rows],
-        "mean drift": [_pair(row.mean_drift_max, row.mean_drift_median) for row in rows],
-        "log2 var": [_pair(row.var_drift_max, row.var_drift_median) for row in rows],
+        "drift": [_format_fixed(row.drift) for row in rows],
+        "mean drift": [_format_pair(row.mean_drift_max, row.mean_drift_median) for row in rows],
+        "log2 var": [_format_pair(row.var_drift_max, row.var_drift_median) for row in rows],
     }
     return [about | drifts | wrong, _LEGEND, ranges]
 
 
-def _updates(row: LayerReport) -> str:
+def _format_updates(row: LayerReport) -> str:
     if row.never_updated:
         return "never"
     if row.updates is None:
@@ -211,7 +211,7 @@ def _rich_table(rows: Sequence[LayerReport], columns: Mapping[str, list[str]]) -
     return table
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     """Two digits, or all of an integer; nothing for None."""
     if value is None:
         return ""
@@ -219,13 +219,13 @@ def _number(value: float | None) -> str:
     return text.replace("e+0", "e").replace("e-0", "e-")
 
 
-def _range(low: float | None, high: float | None) -> str:
-    return "" if low is None else f"{_number(low)}..{_number(high)}"
+def _format_range(low: float | None, high: float | None) -> str:
+    return "" if low is None else f"{_format_number(low)}..{_format_number(high)}"
 
 
-def _fixed(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}" if value < 1e3 else _number(value)
+def _format_fixed(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value < 1e3 else _format_number(value)
 
 
-def _pair(worst: float | None, median: float | None) -> str:
-    return "" if worst is None else f"{_fixed(worst)} / {_fixed(median)}"
+def _format_pair(worst: float | None, median: float | None) -> str:
+    return "" if worst is None else f"{_format_fixed(worst)} / {_format_fixed(median)}"

@@ -68,19 +68,19 @@ def merge_replicas(batch_stats: Stats, axis: int = 0) -> Stats:
         raise error("axis", repr(axis), "an integer", fix)
     if isinstance(batch_stats, nnx.State):
         state: Any = jax.tree.map(lambda leaf: leaf, batch_stats)
-        nnx.replace_by_pure_dict(state, _merged(nnx.to_pure_dict(batch_stats), axis))
+        nnx.replace_by_pure_dict(state, _merge_replicas(nnx.to_pure_dict(batch_stats), axis))
         return cast(Stats, state)
     is_module = isinstance(batch_stats, nnx.Module)
     if not is_module and not isinstance(batch_stats, Mapping):
         kinds = "a collection, an nnx.State or an NNX module"
         raise error("batch_stats", describe(batch_stats), kinds, _REPLICAS)
     variables: Any = batch_stats if is_module else {"batch_stats": batch_stats}
-    tree = _merged(as_dicts(variables)["batch_stats"], axis)
+    tree = _merge_replicas(as_dicts(variables)["batch_stats"], axis)
     new = replace_collections(variables, batch_stats=tree)
     return cast(Stats, new if is_module else new["batch_stats"])
 
 
-def _merged(stats: Any, axis: int) -> Any:
+def _merge_replicas(stats: Any, axis: int) -> Any:
     """`merge_replicas` of a nested dict."""
     flat: dict[Path, Any] = flatten_dict(stats)
     layers = with_statistics(flat)
@@ -102,7 +102,7 @@ def _merged(stats: Any, axis: int) -> Any:
         mean, var = flat[*path, "mean"], flat[*path, "var"]
         with errors_at(path):
             _check_replicas(mean, var)
-        flat[*path, "mean"], flat[*path, "var"] = _pooled(mean, var, flat.get((*path, "rows")), axis)
+        flat[*path, "mean"], flat[*path, "var"] = _pool_replicas(mean, var, flat.get((*path, "rows")), axis)
         for name, reduce in (("count", jnp.max), ("rows", jnp.sum)):
             if (*path, name) in flat:
                 flat[*path, name] = reduce(flat[*path, name], axis).astype(flat[*path, name].dtype)
@@ -119,7 +119,7 @@ def _check_replicas(mean: Array, var: Array) -> None:
         raise error("mean", describe(mean), "an axis of replicas and one of channels", _REPLICAS)
 
 
-def _pooled(means: Array, variances: Array, rows: Array | None, axis: int) -> tuple[Array, Array]:
+def _pool_replicas(means: Array, variances: Array, rows: Array | None, axis: int) -> tuple[Array, Array]:
     """Mean and variance of all replicas together, by their rows."""
     mean = jnp.moveaxis(means.astype(compute_dtype(means.dtype, variances.dtype)), axis, 0)
     var = jnp.moveaxis(variances.astype(reduction_dtype(mean.dtype)), axis, 0)
@@ -183,7 +183,7 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
             if path[place] == DictKey("rows")
             and not any(isinstance(key, DictKey) for key in path[place + 1 :])
         )
-        return _moved(jax.tree_util.keystr(path), old, new, 0.0 if counts else decay)
+        return _move_towards(jax.tree_util.keystr(path), old, new, 0.0 if counts else decay)
 
     tree: Model = jax.tree_util.tree_map_with_path(move, average, new)
     return tree
@@ -199,7 +199,7 @@ def _check_decay(decay: Any) -> None:
         )
 
 
-def _moved(name: str, old: Array, new: Array, decay: float | Array) -> Array:
+def _move_towards(name: str, old: Array, new: Array, decay: float | Array) -> Array:
     average, latest = jnp.asarray(old), jnp.asarray(new)
     if average.shape != latest.shape:
         expected = f"shape {average.shape}, as in average"

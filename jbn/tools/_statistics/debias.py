@@ -57,7 +57,7 @@ def debias(
     if isinstance(momentum, Mapping):
         momenta = by_name(momentum)
     elif momentum is None and isinstance(variables, nnx.Module):
-        momenta = _own(variables)
+        momenta = _momentum_of_layers(variables)
     else:
         momenta = dict.fromkeys(counted, momentum)
     if not momenta or (unknown := [path for path in momenta if path not in counted]):
@@ -72,7 +72,7 @@ def debias(
     return new
 
 
-def _own(model: nnx.Module) -> dict[str, Any]:
+def _momentum_of_layers(model: nnx.Module) -> dict[str, Any]:
     """The momentum of each layer with debias=True."""
     modules: Any = nnx.iter_modules(model)
     layers = [(path, layer) for path, layer in modules if isinstance(layer, BatchNorm)]

@@ -10,7 +10,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from jbn._core.errors import describe, error
-from jbn.linen._replace import training_moments_alone, with_places
+from jbn.linen._replace import only_training_moments, with_empty_moments
 from jbn.nnx import BatchNorm, keep_batch_moments
 from jbn.nnx import replace_batch_norm as replace_nnx
 from jbn.tools._models import show_path, with_statistics, without_batch_moments
@@ -38,14 +38,14 @@ def linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], 
 
     def measure(batch: Any) -> Any:
         nonlocal start
-        with training_moments_alone() as placed, nn.intercept_methods(_refuse_bridged):
+        with only_training_moments() as placed, nn.intercept_methods(_refuse_bridged):
             try:
                 return step(start, batch)
             except TypeError:
                 if not placed:  # by a function that is pure, or has its places already
                     raise
             # An nn.scan that is the whole model has made its carry before a module of linen runs.
-            start = with_places(start)
+            start = with_empty_moments(start)
             return step(start, batch)
 
     return measure
@@ -88,7 +88,7 @@ def nnx_step(apply_fn: Callable[..., Any], model: nnx.Module) -> Callable[[Any],
 
     def measure(batch: Any) -> Any:
         nonlocal rngs
-        with training_moments_alone():  # of layers of linen too, in nnx.bridge.ToNNX
+        with only_training_moments():  # of layers of linen too, in nnx.bridge.ToNNX
             rngs, stats = step(rngs, state, batch)
         return [nnx.to_pure_dict(stats)]
 

@@ -113,14 +113,14 @@ def recalibrate(
     bar = track(stream, "Recalibrating", total=total, console=console, disable=not shown, transient=True)
     for number, batch in enumerate(bar, 1):
         found = {path: value for tree in measure(batch) for path, value in moments_in(tree, layers).items()}
-        pooled = _grouped([*pooled, found])
+        pooled = _merge_if_many([*pooled, found])
         if tolerance is not None:
-            means = _grouped([*means, {path: _as_one_row(m) for path, m in found.items()}])
+            means = _merge_if_many([*means, {path: _as_one_row(m) for path, m in found.items()}])
             if number >= 8 and _largest_error(means, pooled) <= tolerance:
                 break
     if not pooled:
         raise error("batches", "empty", "one batch or more", "A generator gives its batches only once.")
-    moments = _merged(pooled)
+    moments = _merge_layers(pooled)
     if unknown := [path_name(path) for path in moments if path not in layers]:
         raise error(
             "variables",
@@ -139,7 +139,7 @@ def recalibrate(
             "jbn.init(features, count=True).",
         )
     _warn(layers, moments)
-    stats = {path: _replaced(layers[path], batch) for path, batch in moments.items()}
+    stats = {path: _replace_stats(layers[path], batch) for path, batch in moments.items()}
     new: Model = with_values(variables, batch_stats=stats)
     return new
 
@@ -188,7 +188,7 @@ def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
         )
 
 
-def _replaced(layer: Layer, moments: Moments) -> dict[str, jax.Array]:
+def _replace_stats(layer: Layer, moments: Moments) -> dict[str, jax.Array]:
     """Mean, var and rows of the moments, where there are rows; nothing is left of initial statistics."""
     stats = promote_stats(layer.batch_stats, moments.mean)
     for name, given in (("mean", moments.mean), ("var", moments.var), ("rows", moments.count)):
@@ -203,14 +203,14 @@ def _replaced(layer: Layer, moments: Moments) -> dict[str, jax.Array]:
     return stats
 
 
-def _merged(parts: list[dict[Path, Moments]]) -> dict[Path, Moments]:
+def _merge_layers(parts: list[dict[Path, Moments]]) -> dict[Path, Moments]:
     paths = dict.fromkeys(path for part in parts for path in part)
     return {path: merge(*(part[path] for part in parts if path in part)) for path in paths}
 
 
-def _grouped(parts: list[dict[Path, Moments]]) -> list[dict[Path, Moments]]:
+def _merge_if_many(parts: list[dict[Path, Moments]]) -> list[dict[Path, Moments]]:
     """The same moments in few parts."""
-    return [_merged(parts)] if len(parts) > _GROUP else parts
+    return [_merge_layers(parts)] if len(parts) > _GROUP else parts
 
 
 def _as_one_row(moments: Moments) -> Moments:
@@ -224,7 +224,7 @@ def _largest_error(means: list[dict[Path, Moments]], pooled: list[dict[Path, Mom
 
     Constant channels have 0, those that one batch alone had rows for have inf: it has no spread.
     """
-    spread, population = _merged(means), _merged(pooled)
+    spread, population = _merge_layers(means), _merge_layers(pooled)
     errors = []
     for path, moments in population.items():
         batches, squares = (np.asarray(part, np.float64) for part in (spread[path].count, spread[path].var))
