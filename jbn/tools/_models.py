@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict, freeze, meta, unfreeze
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
+from jax.tree_util import DictKey
 from jaxtyping import Array
 
 from jbn._core.errors import describe, error, named_errors
@@ -67,14 +68,76 @@ def replace_collections(variables: Variables, **changed: Any) -> Any:
     return model
 
 
+class FlatCollection(NamedTuple):
+    """A collection, flattened once, to be written any number of times with other values at some paths."""
+
+    entries: list[Any]
+    """Its arrays, each in its box or its NNX variable if it has one."""
+    structure: Any
+    places: dict[tuple[Any, ...], int]
+    """Where in `entries` is what."""
+
+    def fill(self, layers: Mapping[Path, Mapping[str, Array]]) -> Any:
+        """The collection with these values, by path and name."""
+        entries = list(self.entries)
+        for path, layer in layers.items():
+            for name, value in layer.items():
+                place = self.places[tuple(map(DictKey, (*path, name)))]
+                entries[place] = _replace_value(entries[place], value)
+        return jax.tree.unflatten(self.structure, entries)
+
+
+class Template(NamedTuple):
+    """A model opened once, to be written any number of times with other values at some paths."""
+
+    collections: Mapping[str, Any]
+    flat: dict[str, FlatCollection]
+    graph: Any
+    """Of an NNX module; None for linen variables."""
+
+    def fill(self, **new: Mapping[Path, Mapping[str, Array]]) -> Any:
+        """The collections with these values: a pytree, of linen variables as they were given."""
+        changed = {name: self.flat[name].fill(layers) for name, layers in new.items() if any(layers.values())}
+        filled = {**self.collections, **changed}
+        return freeze(filled) if isinstance(self.collections, FrozenDict) else filled
+
+    def build(self, collections: Any) -> Any:
+        """The model of these collections: linen variables as they are, or a new NNX module."""
+        return collections if self.graph is None else nnx.merge(self.graph, *collections.values(), copy=True)
+
+
+def open_template(variables: Variables) -> Template:
+    """A model as a template of models like it, with other params and batch_stats."""
+    graph, collections = split_module(variables) if isinstance(variables, nnx.Module) else (None, variables)
+    flat = {}
+    for name in ("params", "batch_stats"):
+        if name in collections:
+            entries, structure = jax.tree_util.tree_flatten_with_path(collections[name], is_leaf=_is_entry)
+            places = {path: place for place, (path, _) in enumerate(entries)}
+            flat[name] = FlatCollection([entry for _, entry in entries], structure, places)
+    return Template(collections, flat, graph)
+
+
+def split_module(module: nnx.Module) -> tuple[Any, dict[str, Any]]:
+    """The graph of an NNX module, and its variables as collections; `nnx.merge` takes both."""
+    graph, *states = nnx.split(module, *_NNX_COLLECTIONS.values(), ...)
+    return graph, dict(zip((*_NNX_COLLECTIONS, "others"), states, strict=True))
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether it is the NNX variable or the box of an array, which stays around the new value."""
+    return isinstance(value, nnx.Variable) or meta.is_axis_metadata(value)
+
+
+def _replace_value(entry: Any, value: Array) -> Any:
+    """The value in a variable or a box like that of the entry, or as it is."""
+    return entry.replace(value) if isinstance(entry, nnx.Variable) else meta.replace_boxed(entry, value)
+
+
 def with_values(variables: Any, **new: Mapping[Path, Mapping[str, Array]]) -> Any:
-    """A model with other values at some paths of its collections."""
-    trees, changed = as_dicts(variables), {}
-    for name, layers in new.items():
-        values = {(*path, entry): value for path, layer in layers.items() for entry, value in layer.items()}
-        if values:
-            changed[name] = unflatten_dict(flatten_dict(trees[name], keep_empty_nodes=True) | values)
-    return replace_collections(variables, **changed)
+    """A model with other values at some paths of its params or batch_stats."""
+    template = open_template(variables)
+    return template.build(template.fill(**new))
 
 
 def without_batch_moments(variables: Any) -> Any:
@@ -94,16 +157,28 @@ def unflatten_like(tree: Any, values: Any) -> Any:
 
 def batch_norms(variables: Variables) -> dict[Path, Layer]:
     """Every batch norm of a model by its path, in the order of the tree."""
-    trees = as_dicts(variables)
+    return batch_norms_in(flat_collections(as_dicts(variables)))
+
+
+def flat_collections(trees: Mapping[str, Any]) -> dict[str, Any]:
+    """The collections of a model, of which params and batch_stats are flat: arrays by path and name."""
+    flat = dict(trees)
     for name in ("batch_stats", "params"):
         if not isinstance(trees.get(name, {}), dict):
             raise error(f"variables[{name!r}]", describe(trees[name]), "a nested dict of arrays", _ALL)
-    stats, params = (flatten_dict(trees.get(name, {})) for name in ("batch_stats", "params"))
+        if name in trees:
+            flat[name] = flatten_dict(trees[name])
+    return flat
+
+
+def batch_norms_in(flat: Mapping[str, Any]) -> dict[Path, Layer]:
+    """Every batch norm by its path, from collections that are flat."""
+    stats, params = (flat.get(name, {}) for name in ("batch_stats", "params"))
     layers = {path: Layer({}, {}) for path in with_statistics(stats)}
     if not layers:
         raise error(
             "variables",
-            f"a model with the collections {', '.join(trees) or 'none'}",
+            f"a model with the collections {', '.join(flat) or 'none'}",
             "one with a batch norm: a mean and a var in batch_stats",
             _ALL,
         )
