@@ -1,9 +1,12 @@
 """Folding: batch norm in evaluation is a factor and an offset per channel, which the layer before can take.
 
-This is the arithmetic, on the arrays of one layer; `_fold_variables` does it to a model.
+This is the arithmetic, on the arrays of one layer and of its batch norm: `fold` leaves no batch norm, and
+`absorb`, for layers that stay in a model, leaves one that does nothing.
 """
 
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +22,7 @@ from jbn._core.options import check_epsilon
 from jbn._core.sharding import sharded_like
 from jbn._core.statistics import inverse_std
 from jbn._core.types import Axes, BatchStats, Dtype, Params
+from jbn.tools._models import Layer
 
 
 @names_errors
@@ -75,16 +79,57 @@ def fold(
     """
     kernel, bias, params, batch_stats = meta.unbox((kernel, bias, params, batch_stats))
     params = {} if params is None else params
-    kernel, axes = check_fold(kernel, bias, params, batch_stats, epsilon, axis)
-    new_kernel, new_bias = folded(kernel, bias, params, batch_stats, float(epsilon), axes)
-    kind = kernel.dtype if bias is None else jnp.asarray(bias).dtype
-    return stored(new_kernel, kernel.dtype), stored(new_bias, kind)
+    kernel, axes = _prepare(kernel, bias, params, batch_stats, epsilon, axis)
+    new_kernel, new_bias = _fold(kernel, bias, params, batch_stats, float(epsilon), axes)
+    bias_dtype = kernel.dtype if bias is None else jnp.asarray(bias).dtype
+    return _cast(new_kernel, kernel.dtype), _cast(new_bias, bias_dtype)
 
 
-def check_fold(
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def absorb(
+    layer: Mapping[str, Array], norm: Layer, epsilon: float, axis: Axes
+) -> tuple[dict[str, Array], Layer]:
+    """The layer with the batch norm in it, and that batch norm as the identity, which keeps what cannot go.
+
+    The batch norm still computes (y - mean') * step + beta', where step = gamma' / sqrt(var' + epsilon) and
+    var' is 1. With a scale, gamma' is sqrt(1 + epsilon), and step is 1 but for rounding, which is large in
+    bfloat16. So the layer is divided by step, and both together are right in any dtype.
+    """
+    bias = layer.get("bias")
+    kernel, axes = _prepare(layer["kernel"], bias, norm.params, norm.batch_stats, epsilon, axis)
+    params, var = dict(norm.params), jnp.ones_like(norm.batch_stats["var"])
+    step = inverse_std(var.astype(reduction_dtype(var.dtype, kernel.dtype)), epsilon)
+    if "scale" in params:
+        # step = gamma' / sqrt(1 + epsilon), where gamma' is rounded to its dtype
+        params["scale"] = jnp.full_like(params["scale"], math.sqrt(1 + epsilon))
+        step = multiply(step, params["scale"])
+    # The fold with gamma / step for gamma, and beta / step for beta, so that (x @ kernel' + offset) * step is
+    # what layer and batch norm computed:
+    #   kernel' = kernel * (gamma / step) / sqrt(var + epsilon)
+    #   offset (the bias'): (bias - mean) * (gamma / step) / sqrt(var + epsilon) + beta / step
+    scale = norm.params.get("scale", jnp.ones_like(step))
+    inner = {"scale": multiply(scale, 1 / step)}
+    if "bias" in params:
+        inner["bias"] = multiply(params["bias"], 1 / step)
+    kernel, offset = _fold(kernel, bias, inner, norm.batch_stats, epsilon, axes)
+    new_layer = {"kernel": _cast(kernel, layer["kernel"].dtype)}
+    # offset = bias' - mean' + beta' / step: all in bias' if the layer has one that fits, else in beta', else
+    # in mean'.
+    if bias is not None:
+        new_layer["bias"], offset = _split_offset(offset, bias.dtype)
+    if "bias" in params:
+        # beta' = offset * step; what it cannot take goes back: offset = left / step
+        params["bias"], left = _split_offset(multiply(offset, step), params["bias"].dtype)
+        offset = multiply(left, 1 / step)
+    # mean' = -offset: as 0 - offset, for -offset would turn 0 into -0
+    mean = _cast(jnp.zeros_like(offset) - offset, norm.batch_stats["mean"].dtype)
+    return new_layer, Layer(params, {**norm.batch_stats, "mean": mean, "var": var})
+
+
+def _prepare(
     kernel: Any, bias: Any, params: Any, batch_stats: Any, epsilon: Any, axis: Axes
 ) -> tuple[Array, tuple[int, ...]]:
-    """The kernel as an array and the axes of its output channels, which all other arrays have."""
+    """The kernel as an array, and the axes of its output channels; checks that all else has the same ones."""
     for name, value in {"kernel": kernel, "bias": kernel if bias is None else bias}.items():
         array = as_numeric(value)
         if array is None or not jnp.issubdtype(array.dtype, jnp.inexact):
@@ -122,7 +167,7 @@ def check_fold(
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5), inline=True)
-def folded(
+def _fold(
     kernel: Array,
     bias: Array | None,
     params: Params,
@@ -130,29 +175,49 @@ def folded(
     epsilon: float,
     axes: tuple[int, ...],
 ) -> tuple[Array, Array]:
-    """`fold` before rounding."""
+    """The new kernel and bias in the dtype in which they are computed, before they are rounded."""
     mean, var = batch_stats["mean"], batch_stats["var"]
+    # The factor of each channel: gamma / sqrt(var + epsilon)
     factor = inverse_std(var.astype(reduction_dtype(var.dtype, kernel.dtype)), epsilon)
     if "scale" in params:
-        factor = times(factor, params["scale"])
-    offset = times(-mean if bias is None else plus(bias, -mean), factor)
+        factor = multiply(factor, params["scale"])
+    # bias' = (bias - mean) * factor + beta
+    offset = multiply(-mean if bias is None else add(bias, -mean), factor)
     if "bias" in params:
-        offset = plus(offset, params["bias"])
-    spread = jnp.expand_dims(factor, tuple(a for a in range(kernel.ndim) if a not in axes))
-    return times(kernel, sharded_like(spread, kernel)), offset
+        offset = add(offset, params["bias"])
+    # kernel' = kernel * factor, along the output channels
+    channel_factor = jnp.expand_dims(factor, tuple(a for a in range(kernel.ndim) if a not in axes))
+    return multiply(kernel, sharded_like(channel_factor, kernel)), offset
 
 
-def times(a: Array, b: Array) -> Array:
-    kind = compute_dtype(a.dtype, b.dtype)
-    return a.astype(kind) * b.astype(kind)
+def multiply(a: Array, b: Array) -> Array:
+    """The product in the common dtype, float32 or wider."""
+    dtype = compute_dtype(a.dtype, b.dtype)
+    return a.astype(dtype) * b.astype(dtype)
 
 
-def plus(a: Array, b: Array) -> Array:
-    kind = compute_dtype(a.dtype, b.dtype)
-    return a.astype(kind) + b.astype(kind)
+def add(a: Array, b: Array) -> Array:
+    """The sum in the common dtype, float32 or wider."""
+    dtype = compute_dtype(a.dtype, b.dtype)
+    return a.astype(dtype) + b.astype(dtype)
 
 
-def stored(value: Array, dtype: Dtype) -> Array:
-    """The value in that dtype; a complex one stays complex."""
-    widens = jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating)
-    return value if widens else value.astype(dtype)
+def _cast(value: Array, dtype: Dtype) -> Array:
+    """The value in that dtype; a complex value that would lose its imaginary part stays as it is."""
+    return value if _is_too_complex(value, dtype) else value.astype(dtype)
+
+
+def _split_offset(offset: Array, dtype: Dtype) -> tuple[Array, Array]:
+    """What an array of this dtype takes of the offset, and what is left: all or nothing.
+
+    A real array takes nothing of a complex offset.
+    """
+    nothing = jnp.zeros_like(offset)
+    if _is_too_complex(offset, dtype):
+        return nothing.real.astype(dtype), offset
+    return offset.astype(dtype), nothing
+
+
+def _is_too_complex(value: Array, dtype: Dtype) -> bool:
+    """Whether the value is complex and the dtype real."""
+    return jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating)

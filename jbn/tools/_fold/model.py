@@ -1,17 +1,18 @@
 """Folding in a model: pairs are found or named, every batch norm goes into its layer, and that is proved."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
 from jbn._core.errors import describe, error, names_errors
 from jbn._core.types import Axes
-from jbn.tools._fold.absorb import Model, Pair, layers_and_norms
-from jbn.tools._fold.pairs import calls_of, found_pairs, kernel_axes, named_pairs
-from jbn.tools._fold.proof import proved
+from jbn.tools._fold.pairs import Pair, find_pairs, kernel_axes, named_pairs, open_model, trace_calls
+from jbn.tools._fold.proof import prove
 from jbn.tools._models import Variables, as_dicts
+
+Model = TypeVar("Model", bound=Variables)
 
 
 @names_errors
@@ -83,13 +84,15 @@ def fold_variables(
 
     Reference: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
     """
-    _check(variables, call, x)
+    _check_call(call)
+    trees = as_dicts(variables)
+    _check_values(variables=trees, x=x)
     if call is None and x is not None and isinstance(variables, nnx.Module):
-        call = _itself
-    calls = [] if call is None else calls_of(call, variables, x)
-    layers, norms = layers_and_norms(variables)
-    paths = found_pairs(calls, layers, norms) if pairs is None else named_pairs(pairs, layers, norms)
-    static = tuple(axis) if isinstance(axis, Sequence) else axis
+        call = _call_module
+    calls = [] if call is None else trace_calls(call, variables, x)
+    model = open_model(variables, trees)
+    paths = find_pairs(calls, model) if pairs is None else named_pairs(pairs, model)
+    static_axis = tuple(axis) if isinstance(axis, Sequence) else axis
     epsilons = {seen.path: float(seen.module.epsilon) for seen in calls if seen.is_norm}
     axes = {seen.path: kernel_axes(seen.module) for seen in calls if not seen.is_norm}
     momenta = {
@@ -97,18 +100,25 @@ def fold_variables(
         for seen in calls
         if seen.is_norm and getattr(seen.module, "debias", False)
     }
-    chosen = [Pair(a, b, epsilons.get(b, epsilon), axes.get(a, static), momenta.get(b)) for a, b in paths]
-    return proved(variables, chosen, call, x, {seen.y.dtype for seen in calls}, found=pairs is None)
+    chosen = [
+        Pair(a, b, epsilons.get(b, epsilon), axes.get(a, static_axis), momenta.get(b)) for a, b in paths
+    ]
+    changes = prove(variables, model, chosen, call, x, {seen.y.dtype for seen in calls}, found=pairs is None)
+    new: Model = model.template.build(model.write(changes))
+    return new
 
 
-def _check(variables: Variables, call: Any, x: Any) -> None:
-    """A function to call, and values: what is traced has none, and what is no array has no dtype."""
+def _check_call(call: Any) -> None:
+    """A function to call, or None."""
     if call is not None and not callable(call):
         fix = "For example lambda variables, x: model.apply(variables, x, train=False)."
         raise error("call", describe(call), "a function of variables and x", fix)
-    leaves = {"variables": jax.tree.leaves(as_dicts(variables)), "x": jax.tree.leaves(x)}
-    for argument, values in leaves.items():
-        for value in values:
+
+
+def _check_values(**trees: Any) -> None:
+    """Arrays with values: what is traced has none, and what is no array has no dtype."""
+    for argument, tree in trees.items():
+        for value in jax.tree.leaves(tree):
             if isinstance(value, jax.core.Tracer):
                 fix = "Call it outside of jit, grad and scan."
                 got = f"one with a traced {describe(value)}"
@@ -118,5 +128,6 @@ def _check(variables: Variables, call: Any, x: Any) -> None:
                 raise error(argument, got, "a tree of arrays", "Convert it: jnp.asarray.")
 
 
-def _itself(model: Any, x: Any) -> Any:
+def _call_module(model: Any, x: Any) -> Any:
+    """The call of an NNX module that is given without one."""
     return model(x)

@@ -1,4 +1,4 @@
-"""What a call of a model shows: which layer feeds which batch norm.
+"""The layers and batch norms of a model, and which layer feeds which batch norm: found, or named.
 
 Names say nothing: `BatchNorm_0` of one model follows `Conv_3`, and in another it stands before it. So the
 model is traced once, and a batch norm belongs to the layer whose output, the very same object, is its input.
@@ -8,18 +8,30 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
 from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
+from jaxtyping import Array
 from rich.console import Console
 
 import jbn.linen
 import jbn.nnx
 from jbn._core.errors import describe, error
-from jbn.tools._models import Layer, Path, Variables, path_name, show_path
+from jbn._core.types import Axes
+from jbn.tools._models import (
+    Layer,
+    Path,
+    Template,
+    Variables,
+    batch_norms_in,
+    flat_collections,
+    open_template,
+    path_name,
+    show_path,
+)
 
 _LAYERS: tuple[Any, ...] = (
     *(nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose),
@@ -28,6 +40,69 @@ _LAYERS: tuple[Any, ...] = (
 _NORMS: tuple[Any, ...] = (nn.BatchNorm, jbn.linen.BatchNorm, nnx.BatchNorm, jbn.nnx.BatchNorm)
 
 _TRACES = itertools.count()
+
+
+class Pair(NamedTuple):
+    """A layer and the batch norm that is folded into it."""
+
+    layer: Path
+    norm: Path
+    epsilon: float
+    axis: Axes
+    momentum: float | None = None
+    """By which its evaluation debiases; None: it does not."""
+
+    @property
+    def name(self) -> str:
+        """The pair for people."""
+        return f"{show_path(self.layer)} -> {show_path(self.norm)}"
+
+
+class PairArrays(NamedTuple):
+    """What the model holds of a pair: kernel and bias of the layer, and the batch norm."""
+
+    layer: dict[str, Array]
+    norm: Layer
+
+
+Changes: TypeAlias = Mapping[Pair, PairArrays]
+"""Pairs that hold other arrays than those of the model."""
+
+
+class OpenedModel(NamedTuple):
+    """A model opened once: the layers and batch norms in it, and what writes it with other values of them."""
+
+    layers: dict[Path, dict[str, Array]]
+    """Kernel and bias of everything with a kernel."""
+    norms: dict[Path, Layer]
+    template: Template
+
+    def arrays(self, pair: Pair) -> PairArrays:
+        """What the model holds of this pair."""
+        return PairArrays(self.layers[pair.layer], self.norms[pair.norm])
+
+    def write(self, changes: Changes) -> Any:
+        """The collections of the model with these changes."""
+        params: dict[Path, dict[str, Array]] = {}
+        stats = {}
+        for pair, arrays in changes.items():
+            params[pair.layer] = arrays.layer
+            params[pair.norm], stats[pair.norm] = arrays.norm
+        return self.template.fill(params=params, batch_stats=stats)
+
+
+def open_model(variables: Variables, trees: Mapping[str, Any]) -> OpenedModel:
+    """The model, opened; `trees` are its collections as nested dicts."""
+    flat = flat_collections(trees)
+    params = flat.get("params", {})
+    layers = {
+        path[:-1]: {
+            name: params[*path[:-1], name] for name in ("kernel", "bias") if (*path[:-1], name) in params
+        }
+        for path in params
+        if path[-1] == "kernel"
+    }
+    return OpenedModel(layers, batch_norms_in(flat), open_template(variables))
 
 
 class Call(NamedTuple):
@@ -45,7 +120,7 @@ class Call(NamedTuple):
         return isinstance(self.module, _NORMS)
 
 
-def calls_of(call: Callable[[Any, Any], Any], variables: Variables, x: Any) -> list[Call]:
+def trace_calls(call: Callable[[Any, Any], Any], variables: Variables, x: Any) -> list[Call]:
     """What `call(variables, x)` runs, in order: every layer that could be folded into, and every batch norm.
 
     A subclass counts if it has the `__call__` of its base: any other could do anything.
@@ -85,9 +160,7 @@ def calls_of(call: Callable[[Any, Any], Any], variables: Variables, x: Any) -> l
     return calls
 
 
-def found_pairs(
-    calls: Sequence[Call], layers: Mapping[Path, Any], norms: Mapping[Path, Layer]
-) -> list[tuple[Path, Path]]:
+def find_pairs(calls: Sequence[Call], model: OpenedModel) -> list[tuple[Path, Path]]:
     """Each layer with the batch norm after it, where nothing that can be seen speaks against folding.
 
     Prints them, for the caller to check, and the batch norms that are left.
@@ -100,20 +173,20 @@ def found_pairs(
             "Pass call=lambda variables, x: model.apply(variables, x, train=False) and an example x, or "
             "pairs=[('Conv_0', 'BatchNorm_0')].",
         )
-    times = Counter(call.weights for call in calls)
+    runs = Counter(call.weights for call in calls)
     pairs = []
     for layer in calls:
-        takers = [call for call in calls if call.x is layer.y]
-        if layer.is_norm or len(takers) != 1 or not takers[0].is_norm:
+        consumers = [call for call in calls if call.x is layer.y]
+        if layer.is_norm or len(consumers) != 1 or not consumers[0].is_norm:
             continue
-        norm = takers[0]
-        once = times[layer.weights] == times[norm.weights] == 1
-        if once and _on_output_channels(norm, layer) and _fit(norm, layer, layers, norms):
+        norm = consumers[0]
+        once = runs[layer.weights] == runs[norm.weights] == 1
+        if once and _normalizes_outputs(norm, layer) and _shapes_match(norm, layer, model):
             pairs.append((layer.path, norm.path))
     console = Console()
     for pair in pairs:
         console.out(" -> ".join(map(show_path, pair)), highlight=False)
-    if left := [show_path(path) for path in norms if path not in {norm for _, norm in pairs}]:
+    if left := [show_path(path) for path in model.norms if path not in {norm for _, norm in pairs}]:
         console.out(f"no layer found for: {', '.join(left)}", highlight=False)
     return pairs
 
@@ -126,7 +199,7 @@ def kernel_axes(module: Any) -> tuple[int, ...]:
     return tuple(range(-len(features), 0)) if isinstance(features, Sequence) else (-1,)
 
 
-def _on_output_channels(norm: Call, layer: Call) -> bool:
+def _normalizes_outputs(norm: Call, layer: Call) -> bool:
     """Whether the batch norm's feature axes are the last ones, as many as the layer has output axes."""
     rank, axis = norm.x.ndim, norm.module.axis
     features = {a % rank for a in (axis if isinstance(axis, Sequence) else (axis,))}
@@ -137,13 +210,13 @@ def _on_output_channels(norm: Call, layer: Call) -> bool:
     return features == set(range(rank - len(kernel_axes(layer.module)), rank))
 
 
-def _fit(norm: Call, layer: Call, layers: Mapping[Path, Any], norms: Mapping[Path, Layer]) -> bool:
+def _shapes_match(norm: Call, layer: Call, model: OpenedModel) -> bool:
     """Whether both are among the variables, and neither stacked: then they would have an axis more there."""
-    if layer.path not in layers or norm.path not in norms:
+    if layer.path not in model.layers or norm.path not in model.norms:
         return False
-    kernel = layers[layer.path]["kernel"]
+    kernel = model.layers[layer.path]["kernel"]
     features = tuple(kernel.shape[axis] for axis in kernel_axes(layer.module))
-    return norms[norm.path].batch_stats["mean"].shape == features
+    return model.norms[norm.path].batch_stats["mean"].shape == features
 
 
 def _is_known(kind: Any) -> bool:
@@ -184,7 +257,7 @@ def _recording_class(kind: Any, path: Any, record: Callable[..., Any]) -> type:
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def named_pairs(pairs: Any, layers: Iterable[Path], norms: Iterable[Path]) -> list[tuple[Path, Path]]:
+def named_pairs(pairs: Any, model: OpenedModel) -> list[tuple[Path, Path]]:
     """The pairs that the caller named, as paths of the model; each layer and batch norm once."""
     expected = "pairs of a layer and a batch norm"
     example = "For example [('block/Conv_0', 'block/BatchNorm_0')]."
@@ -195,9 +268,10 @@ def named_pairs(pairs: Any, layers: Iterable[Path], norms: Iterable[Path]) -> li
         parts = pair if isinstance(pair, (tuple, list)) else ()
         if len(parts) != 2 or not all(isinstance(part, (str, tuple, list)) for part in parts):
             raise error("pairs", f"a sequence with {pair!r}", expected, example)
-        found.append((_known(pair[0], layers, "layer"), _known(pair[1], norms, "batch norm")))
-    times = Counter(path for pair in found for path in pair)
-    if twice := [show_path(path) for path, count in times.items() if count > 1]:
+        layer, norm = pair
+        found.append((_find_path(layer, model.layers, "layer"), _find_path(norm, model.norms, "batch norm")))
+    counts = Counter(path for pair in found for path in pair)
+    if twice := [show_path(path) for path, count in counts.items() if count > 1]:
         raise error(
             "pairs",
             f"a sequence with {', '.join(twice)} in several pairs",
@@ -207,7 +281,8 @@ def named_pairs(pairs: Any, layers: Iterable[Path], norms: Iterable[Path]) -> li
     return found
 
 
-def _known(given: Any, paths: Iterable[Path], kind: str) -> Path:
+def _find_path(given: Any, paths: Iterable[Path], kind: str) -> Path:
+    """The path of a layer or of a batch norm that the caller means, as text or as a tuple."""
     written = given if isinstance(given, str) else path_name(tuple(given))
     known = {path_name(path): path for path in paths}
     if written not in known:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jbn.tools import fold_variables
-from jbn.tools._fold.outputs import random_like
+from jbn.tools._fold.proof import random_like
 from tests.support.cases import assert_close, assert_trees_close
 from tests.support.fold_models import TOLERANCE, net, norm, random
 
