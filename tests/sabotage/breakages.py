@@ -200,4 +200,16 @@ BREAKS = {
         "pass",
         "tests/linen/test_layer_options.py",
     ),
+    "a folded layer does not know how its batch norm's scale was rounded": Break(
+        "jbn/tools/_fold/arrays.py",
+        'inner = {"scale": multiply(scale, 1 / step)}',
+        'inner = {"scale": multiply(scale, jnp.ones_like(step))}',
+        "tests/test_fold_prove.py",
+    ),
+    "a pair is folded that no output shows": Break(
+        "jbn/tools/_fold/proof.py",
+        "if by_call and moves(",
+        "if not by_call and moves(",
+        "tests/test_fold_proof_cases.py",
+    ),
 }
