@@ -204,12 +204,12 @@ BREAKS = {
         "jbn/tools/_fold/arrays.py",
         'inner = {"scale": multiply(scale, 1 / step)}',
         'inner = {"scale": multiply(scale, jnp.ones_like(step))}',
-        "tests/test_fold_prove.py",
+        "tests/tools/fold/test_fold_proof.py",
     ),
     "a pair is folded that no output shows": Break(
         "jbn/tools/_fold/proof.py",
         "if by_call and moves(",
         "if not by_call and moves(",
-        "tests/test_fold_proof_cases.py",
+        "tests/tools/fold/test_fold_proof_cases.py",
     ),
 }
