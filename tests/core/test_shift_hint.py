@@ -48,10 +48,10 @@ def step(x, mean, **settings):
     return jbn.batch_norm(None, batch_stats, x, use_running_average=False, momentum=0.0, **settings)
 
 
-@pytest.mark.parametrize("guess", [1e4, 1e4 + 0.5, 1e4 + 30, 0.0, -1e4, 1e30, np.inf, np.nan])
-def test_any_guess_is_as_good_as_rows(guess):
+@pytest.mark.parametrize("hint", [1e4, 1e4 + 0.5, 1e4 + 30, 0.0, -1e4, 1e30, np.inf, np.nan])
+def test_any_hint_is_as_good_as_rows(hint):
     x = normal(1e4)
-    y, new = optimized(step)(x, guess)
+    y, new = optimized(step)(x, hint)
     var = reference.statistics(x, -1).var.reshape(-1)
     assert np.abs(np.asarray(new["var"], np.float64) / var - 1).max() < 1e-6
     assert np.abs(np.asarray(y, np.float64) - reference.normalize(x, -1, None, None, 1e-5)).max() < 2e-6
@@ -66,8 +66,8 @@ def test_one_channel_may_be_far():
 
 def test_a_constant_channel_has_no_variance():
     x = np.full((48, 8), 0.1, np.float32)
-    for guess in (0.0, 0.1, np.nextafter(np.float32(0.1), np.float32(1))):
-        _, new = jax.jit(step)(x, guess)
+    for hint in (0.0, 0.1, np.nextafter(np.float32(0.1), np.float32(1))):
+        _, new = jax.jit(step)(x, hint)
         np.testing.assert_array_equal(new["var"], 0)
         np.testing.assert_array_equal(new["mean"], np.float32(0.1))
 
@@ -95,37 +95,37 @@ def everything(x, mean):
     return gradient, second, new
 
 
-@pytest.mark.parametrize("guess", [0.3, 50.0])
+@pytest.mark.parametrize("hint", [0.3, 50.0])
 @pytest.mark.parametrize("way", [lambda f: f, jax.jit, jax.checkpoint])
-def test_derivatives(as_elsewhere, way, guess):
+def test_derivatives(as_elsewhere, way, hint):
     x = normal(0.2, (16, 4))
-    found = way(everything)(x, guess)
+    found = way(everything)(x, hint)
     as_elsewhere()
-    assert_trees_close(found, everything(x, guess), 4 * TOLERANCE)
+    assert_trees_close(found, everything(x, hint), 4 * TOLERANCE)
 
 
-@pytest.mark.parametrize("guess", [0.3, 50.0])
-def test_vmap(guess):
+@pytest.mark.parametrize("hint", [0.3, 50.0])
+def test_vmap(hint):
     x = normal(0.2, (3, 16, 4)) + np.float32([[[0]], [[40]], [[9]]])
-    run = functools.partial(step, mean=guess)
+    run = functools.partial(step, mean=hint)
     y, new = jax.jit(jax.vmap(run))(x)
     for i in range(3):
         assert_trees_close((y[i], jax.tree.map(lambda a, i=i: a[i], new)), run(x[i]), TOLERANCE)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("guess", [0.3, 50.0])
-def test_shard_map(guess, check_vma):
+@pytest.mark.parametrize("hint", [0.3, 50.0])
+def test_shard_map(hint, check_vma):
     """Each device decides for itself: there is no collective in the branch."""
     x = normal(0.2, (32, 4)) + np.where(np.arange(32) < 16, np.float32(0), np.float32(90))[:, None]
     run = jax.shard_map(
-        functools.partial(step, mean=guess, axis_name="data"),
+        functools.partial(step, mean=hint, axis_name="data"),
         mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
         in_specs=P("data"),
         out_specs=(P("data"), P()),
         check_vma=check_vma,
     )
-    assert_trees_close(jax.jit(run)(x), step(x, guess), TOLERANCE)
+    assert_trees_close(jax.jit(run)(x), step(x, hint), TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
