@@ -47,8 +47,9 @@ class Options:
 
     def unwrapped(self) -> "Options":
         """The same, with arrays where variables of NNX were given."""
-        names = ("momentum", "renorm", "blend")
-        return dataclasses.replace(self, **{name: unwrapped(getattr(self, name)) for name in names})
+        given = {name: getattr(self, name) for name in ("momentum", "renorm", "blend")}
+        arrays = {name: new for name, old in given.items() if (new := unwrapped(old)) is not old}
+        return dataclasses.replace(self, **arrays) if arrays else self
 
     @property
     def looks_at_batch(self) -> bool:
