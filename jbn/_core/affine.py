@@ -75,6 +75,7 @@ def affine(
         factor = factor * scale.astype(dtype)
     constant = None if bias is None else bias.astype(dtype)
     if delta is not None:
+        # (offset - delta) factor + bias = offset factor + (bias - delta factor)
         constant = -delta.astype(dtype) * factor + (0 if constant is None else constant)
     y = offset.astype(dtype) * factor
     return (y if constant is None else y + constant).astype(config.dtype)

@@ -14,7 +14,7 @@ from jbn._core.arguments import Stats, check_batch_size, prepare
 from jbn._core.dtypes import compute_dtype, reduction_dtype
 from jbn._core.errors import ArgumentError, describe
 from jbn._core.moments import Moments, to_moments
-from jbn._core.normalize import Prior, normalize, normalize_groups
+from jbn._core.normalize import RunningHints, normalize, normalize_groups
 from jbn._core.options import Options
 from jbn._core.renorm import renorm_reference
 from jbn._core.running import Decay, debiased, moving_average, update_running
@@ -28,7 +28,7 @@ def apply(
     axes: tuple[int, ...],
     params: Params | None,
     batch_stats: Stats,
-    evaluating: Flag,
+    use_running_average: Flag,
     options: Options,
     *,
     mask: Array | None = None,
@@ -44,8 +44,8 @@ def apply(
     a `layer` of that name warns of it.
     """
     if batch_stats is None:
-        evaluating = False
-    measures = with_moments or evaluating is not True or options.looks_at_batch
+        use_running_average = False
+    measures = with_moments or use_running_average is not True or options.looks_at_batch
     config, inputs, stats, options = prepare(
         x,
         axes,
@@ -57,12 +57,12 @@ def apply(
         dtype=dtype,
         initializing=initializing,
         in_layer=layer is not None,
-        training=evaluating is not True,
+        training=use_running_average is not True,
         measures=measures,
     )
-    if evaluating is False and not initializing:
+    if use_running_average is False and not initializing:
         _check_batch_size(options, inputs, axes, layer)
-    if evaluating is True:
+    if use_running_average is True:
         measured = measure(x, inputs.weights, config.reduction) if measures else None
         y = _evaluate(config, inputs, stats, options, measured)
         return y, stats, to_moments(measured, axes) if with_moments and measured is not None else None
@@ -71,8 +71,8 @@ def apply(
     if stats is None:
         return y, batch_stats, moments
     new_stats = _update(config, inputs, stats, options, measured, moments)
-    if evaluating is not False:
-        select: Any = functools.partial(jnp.where, evaluating)
+    if use_running_average is not False:
+        select: Any = functools.partial(jnp.where, use_running_average)
         y = select(_evaluate(config, inputs, stats, options, measured), y)
         new_stats = jax.tree.map(select, stats, new_stats)
         if not with_moments:
@@ -109,15 +109,15 @@ def _train(
     config: NormConfig, inputs: Inputs, batch_stats: BatchStats | None, options: Options
 ) -> tuple[Array, ShiftedMoments]:
     """y by the moments of the batch, or of each group of it; and those of the whole batch."""
-    prior = Prior(None, None)
+    hints = RunningHints(None, None)
     if batch_stats is not None:
         reference = None
         if options.renorm is not None:
             reference = renorm_reference(options.renorm, *_eval_stats(config, inputs.x, batch_stats, options))
-        prior = Prior(reference, _expanded(batch_stats["mean"], config, inputs.x))
+        hints = RunningHints(reference, _expanded(batch_stats["mean"], config, inputs.x))
     if options.virtual_batch_size is not None:
-        return normalize_groups(config, inputs, prior, options.virtual_batch_size)
-    return normalize(config, inputs, prior)
+        return normalize_groups(config, inputs, hints, options.virtual_batch_size)
+    return normalize(config, inputs, hints)
 
 
 def _evaluate(
@@ -163,7 +163,7 @@ def _update(
     moments: Moments,
 ) -> Any:
     """The running statistics after the batch, of the channels that have a variance in it."""
-    # If there are known to be several rows, each channel has one: none has to be left out.
+    # If several rows are known to be there, every channel has a variance, and no mask is needed.
     rows = static_count(inputs.x, inputs.weights, config.reduction.axes)
     has_several = rows is not None and rows * config.reduction.size > 1
     return update_running(

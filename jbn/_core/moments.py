@@ -125,6 +125,11 @@ def merge(*moments: Moments) -> Moments:
 
     Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
     """
+    return checked_merge(moments)
+
+
+def checked_merge(moments: Sequence[Moments]) -> Moments:
+    """`merge`, whose errors have no name yet: for layers and tools."""
     if not moments or any(
         not isinstance(m, Moments) or m.mean.shape != moments[0].mean.shape for m in moments
     ):

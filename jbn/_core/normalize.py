@@ -31,14 +31,14 @@ from jbn._core.types import X
 from jbn._core.weights import apply_weights, freeze_masked, zero_masked, zero_masked_overflow
 
 
-class Prior(NamedTuple):
-    """What is known of the statistics before the batch is seen, of x's rank; None is nothing."""
+class RunningHints(NamedTuple):
+    """What the running statistics tell before the batch is seen, of x's rank; None is nothing."""
 
     reference: RenormReference | None
     shift_hint: Array | None
 
 
-def normalize(config: NormConfig, inputs: Inputs, prior: Prior) -> tuple[Array, ShiftedMoments]:
+def normalize(config: NormConfig, inputs: Inputs, hints: RunningHints) -> tuple[Array, ShiftedMoments]:
     """y = scale * (x - mean) / sqrt(var + epsilon) + bias by the moments of the batch, and those moments.
 
     The mean is in two parts, and x - shift is taken first: rounding the mean to one float32 would cost half
@@ -54,15 +54,15 @@ def normalize(config: NormConfig, inputs: Inputs, prior: Prior) -> tuple[Array, 
     """
     normalized: tuple[Array, ShiftedMoments]
     if config.reduction.axis_name is not None:
-        normalized = _normalize(config, inputs, prior)
+        normalized = _normalize(config, inputs, hints)
     else:
         first, others = xla.in_order_of_gradients(inputs._asdict(), inputs.x)
-        normalized = _compiled_normalize(config, first, others, prior)
+        normalized = _compiled_normalize(config, first, others, hints)
     return normalized
 
 
 def normalize_groups(
-    config: NormConfig, inputs: Inputs, prior: Prior, size: int
+    config: NormConfig, inputs: Inputs, hints: RunningHints, size: int
 ) -> tuple[Array, ShiftedMoments]:
     """`normalize` for each ghost batch, of `size` successive examples; the moments are those of all rows.
 
@@ -79,35 +79,35 @@ def normalize_groups(
         return jnp.reshape(value, (*value.shape[:batch], *examples, *value.shape[batch + 1 :]))
 
     within = dataclasses.replace(config, reduction=Reduction(tuple(axis + 1 for axis in whole.axes)))
-    inputs, shift_hint = jax.tree.map(split, (inputs, prior.shift_hint))
-    reference = prior.reference
+    inputs, shift_hint = jax.tree.map(split, (inputs, hints.shift_hint))
+    reference = hints.reference
     if reference is not None:
         reference = reference._replace(mean=split(reference.mean), var=split(reference.var))
-    y, measured = normalize(within, inputs, Prior(reference, shift_hint))
+    y, measured = normalize(within, inputs, RunningHints(reference, shift_hint))
     parts = ShiftedMoments(*(jnp.moveaxis(part, batch, 0) for part in measured))
     pooled: ShiftedMoments = merge_shifted(parts)
     return jnp.reshape(y, shape), pooled if whole.axis_name is None else merge_across_devices(pooled, whole)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(config: NormConfig, inputs: Inputs, prior: Prior) -> tuple[Array, ShiftedMoments]:
-    measured = measure(inputs.x, inputs.weights, config.reduction, prior.shift_hint)
-    scale, bias = renormalized(config.epsilon, measured, prior.reference, inputs.scale, inputs.bias)
+def _normalize(config: NormConfig, inputs: Inputs, hints: RunningHints) -> tuple[Array, ShiftedMoments]:
+    measured = measure(inputs.x, inputs.weights, config.reduction, hints.shift_hint)
+    scale, bias = renormalized(config.epsilon, measured, hints.reference, inputs.scale, inputs.bias)
     y = _normalized(config, inputs._replace(scale=scale, bias=bias), measured)
     return epilogue(y, inputs.residual, config), measured
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled_normalize(
-    config: NormConfig, first: dict[str, Any], others: dict[str, Any], prior: Prior
+    config: NormConfig, first: dict[str, Any], others: dict[str, Any], hints: RunningHints
 ) -> tuple[Array, ShiftedMoments]:
-    normalized: tuple[Array, ShiftedMoments] = _normalize(config, Inputs(**first, **others), prior)
+    normalized: tuple[Array, ShiftedMoments] = _normalize(config, Inputs(**first, **others), hints)
     return normalized
 
 
 @_normalize.defjvp
 def _normalize_jvp(
-    config: NormConfig, primals: tuple[Inputs, Prior], tangents: tuple[Inputs, Prior]
+    config: NormConfig, primals: tuple[Inputs, RunningHints], tangents: tuple[Inputs, RunningHints]
 ) -> tuple[tuple[Array, ShiftedMoments], tuple[Array, ShiftedMoments]]:
     """The one rule; forward mode, reverse mode and all orders come from it, collectives included.
 
@@ -125,25 +125,27 @@ def _normalize_jvp(
     - The moments have tangents too. Their first use is the second derivative: this rule, differentiated,
       asks how they move with x.
     """
-    (inputs, prior), (tangent, _) = primals, tangents
-    y, measured = _normalize(config, inputs, prior)
-    # From here on scale and bias are those with the correction of renorm in them: scale r, bias + scale d.
-    corrected = functools.partial(renormalized, config.epsilon, measured, prior.reference)
+    (inputs, hints), (tangent, _) = primals, tangents
+    y, measured = _normalize(config, inputs, hints)
+    # From here on scale and bias have the correction of renorm in them: scale * r and bias + scale * d.
+    corrected = functools.partial(renormalized, config.epsilon, measured, hints.reference)
     (scale, bias), (scale_dot, bias_dot) = jax.jvp(
         corrected, (inputs.scale, inputs.bias), (tangent.scale, tangent.bias)
     )
     inputs = inputs._replace(scale=scale, bias=bias, residual=None)
     tangent = tangent._replace(scale=scale_dot, bias=bias_dot)
     checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
-    sums_of = checkpoint(functools.partial(_tangent_sums, config))
-    tangents_of = checkpoint(functools.partial(_tangents, config))
-    sums = sums_of(inputs.x, inputs.weights, measured, tangent.x)
-    # What was known when x was measured is an array in `measured`; it is known here too.
+    checkpointed_sums = checkpoint(functools.partial(_tangent_sums, config))
+    checkpointed_tangents = checkpoint(functools.partial(_tangents, config))
+    sums = checkpointed_sums(inputs.x, inputs.weights, measured, tangent.x)
+    # In `measured` the count of rows is an array; where it is static, a constant needs no operation.
     rows = static_count(inputs.x, inputs.weights, config.reduction.axes)
     weight = measured.weight if rows is None else measured.weight.dtype.type(rows * config.reduction.size)
     means = global_means(sums, weight, config.reduction)
-    relu_of = None if tangent.residual is None or config.activation is None else y
-    y_dot, mean_dot, var_dot = tangents_of(inputs, measured, relu_of, means, tangent._replace(weights=None))
+    relu_output = None if tangent.residual is None or config.activation is None else y
+    y_dot, mean_dot, var_dot = checkpointed_tangents(
+        inputs, measured, relu_output, means, tangent._replace(weights=None)
+    )
     constant = jax.tree.map(jnp.zeros_like, measured)
     return (y, measured), (y_dot, constant._replace(delta=mean_dot, var=var_dot))
 
@@ -175,20 +177,20 @@ def _tangents(
     config: NormConfig,
     inputs: Inputs,
     measured: ShiftedMoments,
-    relu_of: Array | None,
+    relu_output: Array | None,
     means: Array,
     tangent: Inputs,
 ) -> tuple[Array, Array, Array]:
-    """The tangents of y, mean and var, of E[x_dot] and E[(x - mean) x_dot]; `relu_of` is y with a residual.
+    """The tangents of y, mean and var, from E[x_dot] and E[(x - mean) x_dot].
 
     What the backward pass does with the cotangent of relu, it does twice: sums, and dx. As one expression XLA
     would store it, so without a residual each has its own. With a residual it is stored in any case, being
-    the residual's gradient.
+    the residual's gradient, and `relu_output` is y, which tells where relu passes.
     """
     x, weights, scale, _, _ = inputs
     _, _, scale_dot, bias_dot, residual_dot = tangent
     shift = measured.shift
-    offset = center(x, shift, weights, xla.Use.GRADIENT)
+    offset = center(x, shift, weights, xla.DifferenceUse.GRADIENT)
     x_dot = zero_masked(tangent.x.astype(shift.dtype), weights)
     mean_dot, half_var_dot = means[0], means[1].real  # var_dot = 2 E[(x - mean) x_dot]
     r = inverse_std(measured.var, config.epsilon)  # r_dot = -r^3 var_dot / 2
@@ -201,14 +203,14 @@ def _tangents(
     if scale_dot is not None:
         slope = r.astype(dtype) * scale_dot.astype(dtype) + slope
     constant = constant - measured.delta.astype(dtype) * slope  # x - mean = offset - delta
-    own = a * x_dot.astype(dtype)
-    shared = xla.broadcast_affine(x, constant, slope, offset.astype(dtype), config.reduction.axes)
+    x_dot_term = a * x_dot.astype(dtype)
+    affine_term = xla.broadcast_affine(x, constant, slope, offset.astype(dtype), config.reduction.axes)
     if config.activation is not None and residual_dot is None:
         y = _normalized(config, inputs, measured)
-        own, shared = xla.both_where_positive(y, own, shared)
-    y_dot = zero_masked(own + shared, weights).astype(config.dtype)
+        x_dot_term, affine_term = xla.both_where_positive(y, x_dot_term, affine_term)
+    y_dot = zero_masked(x_dot_term + affine_term, weights).astype(config.dtype)
     if residual_dot is not None:
         y_dot = y_dot + residual_dot.astype(config.dtype)
-    if relu_of is not None:
-        y_dot = jnp.where(xla.read_again(relu_of) > 0, y_dot, jnp.zeros_like(y_dot))
+    if relu_output is not None:
+        y_dot = jnp.where(xla.read_again(relu_output) > 0, y_dot, jnp.zeros_like(y_dot))
     return y_dot, mean_dot, 2 * half_var_dot

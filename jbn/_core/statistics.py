@@ -23,7 +23,7 @@ from jbn._core.sharding import sharded_like
 from jbn._core.shift import center, pick_shift
 from jbn._core.types import X
 from jbn._core.weights import Count, divide_by_count, is_valid, safe_count, zero_masked
-from jbn._core.xla import Use, sum_pair, with_hint_on_tpu
+from jbn._core.xla import DifferenceUse, sum_pair, with_hint_on_tpu
 
 # Up to so many devices one collective carries a table of every device's moments, which is then merged
 # exactly. Beyond, its bytes would grow with the devices, and two collectives of constant size take over.
@@ -118,8 +118,8 @@ def _measure_about(
     x: X, weights: Array | None, axes: tuple[int, ...], weight: Count, shift: Array
 ) -> AboutShift:
     """delta = E[x - shift] and var = E[(x - shift)^2] - delta^2, in one pass over x."""
-    offset = center(x, shift, weights, Use.VARIANCE)
-    first, second = sum_pair(x, center(x, shift, weights, Use.MEAN), offset * offset, weights, axes)
+    offset = center(x, shift, weights, DifferenceUse.VARIANCE)
+    first, second = sum_pair(x, center(x, shift, weights, DifferenceUse.MEAN), offset * offset, weights, axes)
     delta = divide_by_count(first, weight)
     return AboutShift(shift, delta, _not_negative(divide_by_count(second, weight) - delta * delta))
 
@@ -208,6 +208,7 @@ def _merge_across_many(local: ShiftedMoments, reduction: Reduction) -> ShiftedMo
     sums = jnp.stack([weight, num_valid, weight * offset, weight * (var + offset * offset)])
     weight, num_valid, first, second = reduction.psum(sums)
     delta, square = first / safe_count(weight), second / safe_count(weight)
+    # delta = E[x - common], var = E[(x - common)^2] - delta^2, of the rows of all devices
     return ShiftedMoments(weight, num_valid, common, delta, _not_negative(square - delta * delta))
 
 

@@ -39,8 +39,8 @@ def freeze_masked(x: X, weights: Array | None) -> X:
     """x with entries that take no part as finite constants: without gradients, and 0 for NaN and inf."""
     if weights is None:
         return x
-    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    return jnp.where(is_valid(weights), x, lax.stop_gradient(finite))
+    constants = lax.stop_gradient(jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)))
+    return jnp.where(is_valid(weights), x, constants)
 
 
 def zero_masked_overflow(y: Array, weights: Array | None) -> Array:

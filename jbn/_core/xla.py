@@ -27,7 +27,7 @@ _MOST_SUMMED_FIRST, _LEAST_SUMMED_FIRST = 16, 4
 _HINT_PLATFORM = "tpu"
 
 
-class Use(enum.Enum):
+class DifferenceUse(enum.Enum):
     """What x - shift is for: as many axes of size 1 make each use another expression to XLA.
 
     If one sum alone uses it, XLA for CPUs computes it inside that sum. If something else uses it too, XLA
@@ -40,7 +40,7 @@ class Use(enum.Enum):
     GRADIENT = 3
 
 
-def difference(x: X, shift: Array, use: Use) -> Array:
+def difference(x: X, shift: Array, use: DifferenceUse) -> Array:
     """x - shift in the dtype of the shift, as an expression that no other use shares."""
     front = tuple(range(use.value))
     offset = jnp.expand_dims(x, front).astype(shift.dtype) - jnp.expand_dims(shift, front)
@@ -59,7 +59,7 @@ def sum_pair(
     """
     first, second = apply_weights(first, weights), apply_weights(second, weights)
     both = functools.partial(plain_sum_pair, axes=axes)
-    groups = _groups(x, axes)
+    groups = _summation_chunk(x, axes)
     if groups is None:
         return both(first, second)
     as_complex = functools.partial(_complex_sum_pair, axes=axes, groups=groups)
@@ -75,12 +75,12 @@ def plain_sum_pair(first: Array, second: Array, axes: tuple[int, ...]) -> tuple[
 def broadcast_affine(x: X, constant: Array, slope: Array, offset: Array, axes: tuple[int, ...]) -> Array:
     """constant + slope * offset, where offset is made of x: what `sum_pair` is the transpose of."""
     alike = tuple(axis for axis in axes if constant.shape[axis] == slope.shape[axis] == 1)
-    groups = None if jnp.iscomplexobj(constant) else _groups(x, alike)
+    groups = None if jnp.iscomplexobj(constant) else _summation_chunk(x, alike)
     if groups is None:
-        return _affine(constant, slope, offset)
+        return _plain_affine(constant, slope, offset)
     as_complex = functools.partial(_complex_affine, groups=groups)
-    line: Array = lax.platform_dependent(constant, slope, offset, cpu=as_complex, default=_affine)
-    return line
+    result: Array = lax.platform_dependent(constant, slope, offset, cpu=as_complex, default=_plain_affine)
+    return result
 
 
 def _complex_sum_pair(
@@ -94,7 +94,7 @@ def _complex_sum_pair(
     return plain_sum_pair(lax.real(both), lax.imag(both), axes)
 
 
-def _affine(constant: Array, slope: Array, offset: Array) -> Array:
+def _plain_affine(constant: Array, slope: Array, offset: Array) -> Array:
     return constant + slope * offset
 
 
@@ -108,7 +108,7 @@ def _complex_affine(constant: Array, slope: Array, offset: Array, groups: tuple[
     return lax.real(both) + lax.imag(both) * offset
 
 
-def _groups(x: X, axes: tuple[int, ...]) -> tuple[int, int] | None:
+def _summation_chunk(x: X, axes: tuple[int, ...]) -> tuple[int, int] | None:
     """The axis along which successive entries are added first, and how many: the most that divide its size.
 
     None where nothing fits or nothing is converted. Of a sharded axis XLA would gather x to take it apart,

@@ -17,7 +17,7 @@ from jbn._core.arguments import feature_shape, prepare_flag, prepare_x
 from jbn._core.dtypes import promote_stats
 from jbn._core.errors import error, named_errors
 from jbn._core.forward import apply
-from jbn._core.moments import Moments, merge
+from jbn._core.moments import Moments, checked_merge
 from jbn._core.options import Options, check_debias_init, check_static, counters
 from jbn._core.renorm import Renorm
 from jbn._core.types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
@@ -190,7 +190,8 @@ class BatchNorm(nn.Module):
         place = None if moments is None or initializing else self._moments_collection()
         if moments is not None and place is not None:
             if self.has_variable(place, "moments"):
-                moments = merge(self.get_variable(place, "moments"), moments)
+                with named_errors(name):
+                    moments = checked_merge((self.get_variable(place, "moments"), moments))
             self.put_variable(place, "moments", moments)
         return y
 

@@ -17,7 +17,7 @@ from jbn._core.arguments import prepare_flag, prepare_x
 from jbn._core.dtypes import promote_stats
 from jbn._core.errors import error, named_errors
 from jbn._core.forward import apply
-from jbn._core.moments import Moments, merge
+from jbn._core.moments import Moments, checked_merge
 from jbn._core.options import Options, check_debias_init, check_static, counters
 from jbn._core.renorm import Renorm
 from jbn._core.types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
@@ -234,7 +234,9 @@ class BatchNorm(nnx.Module):
                 else:  # complex or wide from now on
                     variable.set_value(value)
         if moments is not None and self.batch_moments is not None:
-            self.batch_moments.set_value(merge(self.batch_moments.get_value(), moments))
+            with named_errors(name):
+                moments = checked_merge((self.batch_moments.get_value(), moments))
+            self.batch_moments.set_value(moments)
         return y
 
     def set_view(self, use_running_average: bool | None = None) -> None:

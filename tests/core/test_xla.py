@@ -53,11 +53,11 @@ def arrays(shape, number):
 @cuts
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, jnp.float8_e4m3fn])
 def test_where_it_is_cut(shape, axes, pairs, dtype):
-    assert xla._groups(jnp.zeros(shape, dtype), axes) == pairs
+    assert xla._summation_chunk(jnp.zeros(shape, dtype), axes) == pairs
 
 
 def test_what_is_not_converted_is_not_cut():
-    assert xla._groups(jnp.zeros((32, 5)), (0,)) is None
+    assert xla._summation_chunk(jnp.zeros((32, 5)), (0,)) is None
 
 
 @cuts
@@ -128,17 +128,17 @@ def test_no_bfloat16_is_stored_as_float32(shape):
 
 def test_what_devices_may_share_is_cut_within_each_of_them(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert xla._groups(jnp.zeros((1024, 5), jnp.bfloat16), (0,)) == (0, 16)
-    assert xla._groups(jnp.zeros((96, 5), jnp.bfloat16), (0,)) == (0, 12)
-    assert xla._groups(jnp.zeros((72, 3, 16, 5), jnp.bfloat16), (0, 1, 2)) == (0, 9)
-    assert xla._groups(jnp.zeros((100, 5), jnp.bfloat16), (0,)) is None
+    assert xla._summation_chunk(jnp.zeros((1024, 5), jnp.bfloat16), (0,)) == (0, 16)
+    assert xla._summation_chunk(jnp.zeros((96, 5), jnp.bfloat16), (0,)) == (0, 12)
+    assert xla._summation_chunk(jnp.zeros((72, 3, 16, 5), jnp.bfloat16), (0, 1, 2)) == (0, 9)
+    assert xla._summation_chunk(jnp.zeros((100, 5), jnp.bfloat16), (0,)) is None
 
 
 def test_a_sharded_axis_is_not_cut():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         x = jax.device_put(jnp.zeros((16, 4), jnp.bfloat16), jax.NamedSharding(mesh, P("data")))
-        assert xla._groups(x, (0,)) is None
+        assert xla._summation_chunk(x, (0,)) is None
 
 
 def test_other_platforms_add_no_pairs():

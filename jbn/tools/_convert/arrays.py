@@ -104,7 +104,7 @@ def label_of(theirs: str) -> str:
     return f"{part or 'state'}[{name!r}]"
 
 
-def weight_of_updates(argument: str, momentum: Any, count: Array, value: Array) -> Array:
+def debias_factor(argument: str, momentum: Any, count: Array, value: Array) -> Array:
     """1 - momentum**count, of the dtype in which the value is scaled: what an average from 0 adds up to."""
     if not is_number(momentum) or not 0 <= momentum < 1:
         fix = "Pass that of the layer."

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jbn._core.errors import describe, error, names_errors
 from jbn._core.types import BatchStats, Params
-from jbn.tools._convert.arrays import label_of, read, to_jax, to_numpy, weight_of_updates, write
+from jbn.tools._convert.arrays import debias_factor, label_of, read, to_jax, to_numpy, write
 from jbn.tools._convert.libraries import EQUINOX, check_names
 
 
@@ -68,7 +68,7 @@ def from_equinox(state: Mapping[str, Any], *, momentum: float) -> tuple[dict[str
     if "count" in batch_stats:
         for name in ("mean", "var"):
             value = batch_stats[name]
-            share = _share(momentum, batch_stats["count"], value)
+            share = _debias_factor_or_1(momentum, batch_stats["count"], value)
             batch_stats[name] = (value.astype(share.dtype) / share).astype(value.dtype)
     return params, batch_stats
 
@@ -114,13 +114,13 @@ def to_equinox(params: Params | None, batch_stats: BatchStats, *, momentum: floa
         return affine | new | {"first_time": jnp.array(False)}
     for name in ("mean", "var"):
         value = new[name]
-        share = _share(momentum, jnp.asarray(counter.astype(np.int32)), value)
+        share = _debias_factor_or_1(momentum, jnp.asarray(counter.astype(np.int32)), value)
         new[name] = (value.astype(share.dtype) * share).astype(value.dtype)
     # Weakly typed, as the counter that the layer starts with: State.set takes no other.
     return affine | new | {"counter": jnp.array(int(counter))}
 
 
-def _share(momentum: Any, count: Array, value: Array) -> Array:
+def _debias_factor_or_1(momentum: Any, count: Array, value: Array) -> Array:
     """`weight_of_updates`, and 1 before the first one."""
-    share = weight_of_updates("momentum", momentum, count, value)
+    share = debias_factor("momentum", momentum, count, value)
     return jnp.where(count == 0, jnp.ones_like(share), share)

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jbn._core.errors import error, names_errors
 from jbn._core.types import BatchStats, Params
-from jbn.tools._convert.arrays import label_of, read, to_jax, to_numpy, weight_of_updates, write
+from jbn.tools._convert.arrays import debias_factor, label_of, read, to_jax, to_numpy, write
 from jbn.tools._convert.libraries import HAIKU, check_names
 
 
@@ -111,7 +111,7 @@ def to_haiku(
     new = {name: to_jax(label_of(name), array.reshape(shape)) for name, array in arrays.items()}
     emas = []
     for average in (new.pop("mean_ema/average"), new.pop("var_ema/average")):
-        share = weight_of_updates("decay_rate", decay_rate, counter, average)
+        share = debias_factor("decay_rate", decay_rate, counter, average)
         hidden = (average.astype(share.dtype) * share).astype(average.dtype)
         emas.append({"hidden": hidden, "average": average, "counter": counter})
     return {name.removeprefix("params/"): array for name, array in new.items()}, emas[0], emas[1]

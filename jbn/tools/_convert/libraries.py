@@ -1,7 +1,7 @@
 """What other libraries call the arrays and settings of a batch norm, and how they keep them.
 
-Each library is described once. Reading and writing arrays (`_arrays`) and settings (`_settings`) follow its
-description and know no library by name, except for what only one of them does.
+Each library is described once. Reading and writing arrays (`arrays.py`) and settings (`settings.py`) follow
+its description and know no library by name, except for what only one of them does.
 """
 
 from collections.abc import Collection, Mapping

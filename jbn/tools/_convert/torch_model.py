@@ -1,6 +1,6 @@
 """A whole model's arrays, between PyTorch and Flax.
 
-A mapping names the modules; what kind a module is shows in its arrays: batch norm by `_torch`, Conv and
+A mapping names the modules; what kind a module is shows in its arrays: batch norm by `torch.py`, Conv and
 Dense by the order of the axes of their kernels.
 """
 

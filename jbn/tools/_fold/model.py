@@ -7,8 +7,9 @@ import jax
 from flax import nnx
 
 from jbn._core.errors import describe, error, names_errors
+from jbn._core.options import check_epsilon
 from jbn._core.types import Axes
-from jbn.tools._fold.pairs import Pair, find_pairs, kernel_axes, named_pairs, open_model, trace_calls
+from jbn.tools._fold.pairs import Pair, find_pairs, kernel_axes, open_model, resolve_pairs, trace_calls
 from jbn.tools._fold.proof import prove
 from jbn.tools._models import Variables, as_dicts
 
@@ -84,6 +85,8 @@ def fold_variables(
 
     Reference: Jacob et al. 2018, arXiv 1712.05877, section 3.2.
     """
+    check_epsilon(epsilon)
+    epsilon = float(epsilon)  # an array would be no static argument of what is compiled
     _check_call(call)
     trees = as_dicts(variables)
     _check_values(variables=trees, x=x)
@@ -91,7 +94,7 @@ def fold_variables(
         call = _call_module
     calls = [] if call is None else trace_calls(call, variables, x)
     model = open_model(variables, trees)
-    paths = find_pairs(calls, model) if pairs is None else named_pairs(pairs, model)
+    paths = find_pairs(calls, model) if pairs is None else resolve_pairs(pairs, model)
     static_axis = tuple(axis) if isinstance(axis, Sequence) else axis
     epsilons = {seen.path: float(seen.module.epsilon) for seen in calls if seen.is_norm}
     axes = {seen.path: kernel_axes(seen.module) for seen in calls if not seen.is_norm}

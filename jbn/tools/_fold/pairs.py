@@ -235,7 +235,7 @@ def _recording(variables: nnx.Module, record: Callable[..., Any]) -> Any:
 
     The class alone is changed, as in `jbn.nnx.replace_batch_norm`: a shared layer stays one object.
     """
-    model = evaluating(variables)
+    model = eval_copy(variables)
     for path, module in list(nnx.iter_modules(model)):
         if _is_known(type(module)):
             layer: Any = module
@@ -243,7 +243,7 @@ def _recording(variables: nnx.Module, record: Callable[..., Any]) -> Any:
     return model
 
 
-def evaluating(model: Any) -> Any:
+def eval_copy(model: Any) -> Any:
     """A copy in evaluation mode."""
     copy = nnx.clone(model)
     copy.eval()
@@ -257,7 +257,7 @@ def _recording_class(kind: Any, path: Any, record: Callable[..., Any]) -> type:
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def named_pairs(pairs: Any, model: OpenedModel) -> list[tuple[Path, Path]]:
+def resolve_pairs(pairs: Any, model: OpenedModel) -> list[tuple[Path, Path]]:
     """The pairs that the caller named, as paths of the model; each layer and batch norm once."""
     expected = "pairs of a layer and a batch norm"
     example = "For example [('block/Conv_0', 'block/BatchNorm_0')]."

@@ -12,14 +12,16 @@ from jaxtyping import Array
 from numpy.lib.array_utils import normalize_axis_tuple
 from rich.console import Console
 
-from jbn._core.batch_norm import batch_norm
+from jbn._core.arguments import prepare_x
 from jbn._core.dtypes import compute_dtype, promote_stats, reduction_dtype
 from jbn._core.errors import describe, error, named_errors
+from jbn._core.forward import apply
+from jbn._core.options import Options
 from jbn._core.running import store_debiased
 from jbn._core.sharding import sharded_like
 from jbn._core.types import Axes, Dtype
 from jbn.tools._fold.arrays import absorb, add
-from jbn.tools._fold.pairs import Changes, OpenedModel, Pair, PairArrays, evaluating
+from jbn.tools._fold.pairs import Changes, OpenedModel, Pair, PairArrays, eval_copy
 from jbn.tools._models import Layer, Variables, split_module
 
 Outputs: TypeAlias = Callable[[Changes], list[Array]]
@@ -163,7 +165,7 @@ def _outputs_by_call(
 ) -> Outputs:
     """The floating outputs of `call` on random input like x, in evaluation."""
     x = random_like(x)
-    graph = split_module(evaluating(variables))[0] if isinstance(variables, nnx.Module) else None
+    graph = split_module(eval_copy(variables))[0] if isinstance(variables, nnx.Module) else None
 
     @jax.jit
     def run(collections: Any, x: Any) -> Any:
@@ -188,16 +190,20 @@ def _outputs_by_pair(model: OpenedModel, pairs: Sequence[Pair]) -> Outputs:
 
     def outputs(changes: Changes) -> list[Array]:
         with jax.default_matmul_precision("highest"):
-            return [
-                _run_pair(*changes.get(pair, model.arrays(pair)), pair.epsilon, pair.axis) for pair in pairs
-            ]
+            return [_outputs_of_pair(pair, changes.get(pair, model.arrays(pair))) for pair in pairs]
 
     return outputs
 
 
+def _outputs_of_pair(pair: Pair, arrays: PairArrays) -> Array:
+    with named_errors(layer=repr(pair.name)):
+        y: Array = _run_pair(*arrays, pair.epsilon, pair.axis)
+    return y
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _run_pair(layer: Mapping[str, Array], norm: Layer, epsilon: float, axis: Axes) -> Array:
-    """The kernel contracted with random patches, in a wide dtype, the bias, and the batch norm."""
+    """The kernel contracted with random patches, in float32 or wider, the bias, and the batch norm."""
     kernel = layer["kernel"].astype(compute_dtype(layer["kernel"].dtype))
     features = normalize_axis_tuple(axis, kernel.ndim)
     others = tuple(a for a in range(kernel.ndim) if a not in features)
@@ -207,10 +213,14 @@ def _run_pair(layer: Mapping[str, Array], norm: Layer, epsilon: float, axis: Axe
     y = jnp.tensordot(patches, kernel, axes=(tuple(range(1, patches.ndim)), others))
     if "bias" in layer:
         y = add(y, layer["bias"][None])
-    feature_axes = tuple(range(1, y.ndim))
-    stats = promote_stats(norm.batch_stats, y)
-    y, _ = batch_norm(norm.params, stats, y, use_running_average=True, epsilon=epsilon, axis=feature_axes)
+    y, axes = prepare_x(y, tuple(range(1, y.ndim)))
+    stats, dtype = promote_stats(norm.batch_stats, y), compute_dtype(y.dtype, *_dtypes(norm.params))
+    y, _, _ = apply(y, axes, norm.params, stats, True, Options(epsilon=epsilon), dtype=dtype)
     return y
+
+
+def _dtypes(tree: Any) -> set[Dtype]:
+    return {leaf.dtype for leaf in jax.tree.leaves(tree)}
 
 
 def random_like(x: Any) -> Any:

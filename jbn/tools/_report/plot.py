@@ -10,7 +10,7 @@ import numpy as np
 from jbn._core.errors import error, names_errors
 from jbn.tools._models import Variables
 from jbn.tools._report.channels import Channels, LayerReport
-from jbn.tools._report.report import MomentsOf, report
+from jbn.tools._report.report import MomentsOf, make_report
 from jbn.tools._report.table import Report
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def plot(
         fix = "Pass the variables, or make the report with the moments."
         raise error("moments", "given beside a report", "None, for a report has its own", fix)
     _check_path(path)
-    found = model if isinstance(model, Report) else report(model, moments, epsilon=epsilon)
+    found = model if isinstance(model, Report) else make_report(model, moments, epsilon)
     known = any(row.drift is not None for row in found.rows)
     shown = [panel for panel in _RANGES if any(panel.values(each) is not None for each in found.channels)]
     panels = _DRIFT if known else shown

@@ -80,6 +80,11 @@ def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: f
 
     Reference: Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section 3.
     """
+    return make_report(variables, moments, epsilon)
+
+
+def make_report(variables: Variables, moments: Any, epsilon: float) -> Report:
+    """`report`, whose errors have no name yet: for `plot`, which makes one."""
     check_epsilon(epsilon)
     layers = batch_norms(variables)
     batches = _batches(variables, moments, layers)

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from jbn._core.dtypes import promote_stats
 from jbn._core.errors import describe, error, names_errors
-from jbn._core.moments import Moments, merge
+from jbn._core.moments import Moments, checked_merge
 from jbn._core.options import is_number
 from jbn._core.running import saturated
 from jbn._core.sharding import sharded_like
@@ -24,6 +24,7 @@ from jbn.tools._models import (
     Path,
     Variables,
     batch_norms,
+    errors_at,
     join_paths,
     moments_in,
     path_name,
@@ -204,8 +205,11 @@ def _replace_stats(layer: Layer, moments: Moments) -> dict[str, jax.Array]:
 
 
 def _merge_layers(parts: list[dict[Path, Moments]]) -> dict[Path, Moments]:
-    paths = dict.fromkeys(path for part in parts for path in part)
-    return {path: merge(*(part[path] for part in parts if path in part)) for path in paths}
+    merged = {}
+    for path in dict.fromkeys(path for part in parts for path in part):
+        with errors_at(path):
+            merged[path] = checked_merge([part[path] for part in parts if path in part])
+    return merged
 
 
 def _merge_if_many(parts: list[dict[Path, Moments]]) -> list[dict[Path, Moments]]:
