@@ -84,7 +84,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
 def save_picture(figure: Figure, path: Path) -> None:
     """Writes a figure, without the boxes around its axes, into a folder that need not be there yet.
 
-    In 64 colours: that is a third of the bytes, and nobody sees a difference.
+    In 64 colors: that is a third of the bytes, and nobody sees a difference.
     """
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Ghost batch norm, arXiv 1705.08741: each group is a batch, and the statistics remember the whole one."""
+"""Ghost batch norm, arXiv 1705.08741: each group is a batch, and statistics are those of the whole one."""
 
 import functools
 
@@ -31,7 +31,7 @@ def alone(params, x, mask=None, **settings):
 @every_door
 @pytest.mark.parametrize("size", [1, 2, 4, 12])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
-def test_each_group_is_a_batch_and_the_whole_is_remembered(door, size, mask):
+def test_each_group_is_a_batch_and_the_whole_updates_statistics(door, size, mask):
     @jax.jit
     def grouped_and_by_hand():
         grouped = door(PARAMS, STATS, X, momentum=0.9, virtual_batch_size=size, mask=mask)
@@ -97,7 +97,7 @@ def test_every_shape_axis_dtype_and_mask(case):
 
 @pytest.mark.parametrize("kind", [np.float32, np.complex64])
 @pytest.mark.parametrize("devices", [4, 16])
-def test_groups_stay_on_their_device_and_the_whole_is_remembered(devices, kind):
+def test_groups_stay_on_their_device_and_the_whole_updates_statistics(devices, kind):
     x = (np.random.default_rng(3).standard_normal((devices, 4, 5, 3)) * 2 + 100).astype(kind)
     x = x * kind(1 + 0.5j) if kind is np.complex64 else x
     stats = STATS | {"mean": np.zeros(3, kind)}

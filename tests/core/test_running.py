@@ -1,4 +1,4 @@
-"""How running statistics remember: the update rule, its edges, and what comes back."""
+"""How running statistics are updated: the rule, its edges, and what comes back."""
 
 import chex
 import jax

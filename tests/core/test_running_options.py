@@ -1,4 +1,4 @@
-"""How running statistics remember: unbiased, by schedules, and not at all where there is no sense."""
+"""How running statistics are updated: unbiased, by schedules, and not at all where there is no sense."""
 
 import chex
 import jax

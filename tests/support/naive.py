@@ -26,7 +26,7 @@ def batch_norm(params, batch_stats, x, residual, *, axis, weights, epsilon, opti
         x_hat = jnp.concatenate(
             [_hat(*part, axes, epsilon, options.get("renorm"), known, expand) for part in parts], axes[0]
         )
-        new = None if batch_stats is None else _remembered(batch_stats, x, weights, axes, options)
+        new = None if batch_stats is None else _updated(batch_stats, x, weights, axes, options)
     y = x_hat
     if "scale" in params:
         y = y * expand(params["scale"])
@@ -83,7 +83,7 @@ def _share(share, value):
     return share * value if share else np.zeros(value.shape)
 
 
-def _remembered(old, x, weights, axes, options):
+def _updated(old, x, weights, axes, options):
     count, mean, var = (part.squeeze(axes) for part in _moments(lax.stop_gradient(x), weights, axes))
     seen = np.sum(weights > 0, axes) > 1
     bessel = lambda n: np.maximum(n, 1) / np.maximum(n - 1, 1) if options.get("unbiased") else 1.0  # noqa: E731

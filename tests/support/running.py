@@ -1,4 +1,4 @@
-"""A layer that counts its updates, and batches of different sizes: shared by the tests of remembering."""
+"""A layer that counts its updates, and batches of different sizes, for the tests of running statistics."""
 
 import numpy as np
 

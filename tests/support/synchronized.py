@@ -1,4 +1,4 @@
-"""A layer synchronised over the axis `data`, as a function and in linen, and a batch for eight devices."""
+"""A layer synchronized over the axis `data`, as a function and in linen, and a batch for eight devices."""
 
 import functools
 

@@ -23,7 +23,7 @@ _LETTERS = 145  # that fit into the width
 _LONGEST = 44  # letters of a path
 _LEGEND = "A stroke is a channel, the dot the median, the dark line the middle half of the channels. "
 _DRIFT_LEGEND = (
-    "Grey: within half a standard deviation, within a factor of two. Drift: in standard deviations of y."
+    "Gray: within half a standard deviation, within a factor of two. Drift: in standard deviations of y."
 )
 _RANGE_LEGEND = "Variances of 0 are not drawn."
 
