@@ -6,12 +6,17 @@ first public function that it passes on its way out gives it its name.
 
 import contextlib
 import functools
+import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_NOT_THE_USERS = ("jbn", "flax", "jax", "contextlib")
+"""Packages whose lines a warning does not name."""
 
 
 class ArgumentError(ValueError):
@@ -41,6 +46,17 @@ def describe(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return repr(value)
+
+
+def warn_user(text: str) -> None:
+    """A `UserWarning` at the line of the user's code from which this package, or Flax, was called.
+
+    How far that is away differs: modules of Flax and contexts may lie between.
+    """
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 @contextlib.contextmanager

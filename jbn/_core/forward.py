@@ -1,7 +1,6 @@
 """`batch_norm` behind its signature, as the layers call it too: prepare, train or evaluate, update."""
 
 import functools
-import warnings
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from jaxtyping import Array
 from jbn._core.affine import Inputs, NormConfig, normalize_with
 from jbn._core.arguments import Stats, check_batch_size, prepare
 from jbn._core.dtypes import compute_dtype, reduction_dtype
-from jbn._core.errors import ArgumentError, describe
+from jbn._core.errors import ArgumentError, describe, warn_user
 from jbn._core.moments import Moments, to_moments
 from jbn._core.normalize import RunningHints, normalize, normalize_groups
 from jbn._core.options import Options
@@ -102,7 +101,7 @@ def _warn_of_one_value(layer: str, x: X, *, grouped: bool) -> None:
             "nothing is updated. Use a larger batch, use_running_average=True, or axis_name to normalize "
             "over several devices."
         )
-    warnings.warn(f"{layer}: {text}", stacklevel=5)
+    warn_user(f"{layer}: {text}")
 
 
 def _train(

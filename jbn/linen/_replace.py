@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -17,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
-from jbn._core.errors import error, named_errors
+from jbn._core.errors import error, named_errors, warn_user
 from jbn._core.layer_filter import Where, check_where, matches
 from jbn._core.moments import Moments
 from jbn._core.types import Flag, X
@@ -130,10 +129,9 @@ def replace_batch_norm(
         yield
     if replacement.ran and not any(replacement.ran.values()):
         ran = ", ".join(sorted(replacement.ran))
-        warnings.warn(
+        warn_user(
             f"jbn.linen.replace_batch_norm: modules of {ran} ran, and none was a batch "
-            "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=.",
-            stacklevel=3,
+            "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=."
         )
 
 

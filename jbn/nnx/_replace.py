@@ -1,13 +1,12 @@
 """Models of NNX as they are: batch norms that keep moments, and ours in the place of Flax's."""
 
 import inspect
-import warnings
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
 
-from jbn._core.errors import error, names_errors
+from jbn._core.errors import error, names_errors, warn_user
 from jbn._core.layer_filter import Where, check_where, matches
 from jbn._core.moments import Moments
 from jbn._core.options import counters
@@ -104,10 +103,9 @@ def replace_batch_norm(
     ]
     if not modules:
         ran = sorted({type(module).__name__ for _, module in nnx.iter_modules(model)})
-        warnings.warn(
+        warn_user(
             f"jbn.nnx.replace_batch_norm: the model has modules of {', '.join(ran)}, and none is a batch "
-            "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=.",
-            stacklevel=3,
+            "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=."
         )
     if counters(overrides.get("momentum", 0.0), overrides.get("debias", False)) and any(
         getattr(module, "count", None) is None for module in modules

@@ -1,6 +1,5 @@
 """Statistics of a data stream: moments of many batches, pooled exactly."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from operator import length_hint
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from jbn._core.dtypes import promote_stats
-from jbn._core.errors import describe, error, names_errors
+from jbn._core.errors import describe, error, names_errors, warn_user
 from jbn._core.moments import Moments, checked_merge
 from jbn._core.options import is_number
 from jbn._core.running import saturated
@@ -171,10 +170,9 @@ def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
     ran = [path for path in layers if path in moments and np.any(moments[path].count)]
     never = [path_name(path) for path in layers if path not in ran]
     if never:
-        warnings.warn(
+        warn_user(
             f"jbn.tools.recalibrate: {join_paths(never, len(never))} never ran in training mode, so the old "
-            "statistics stay there. Does apply_fn run the whole model in training mode, with nothing frozen?",
-            stacklevel=4,
+            "statistics stay there. Does apply_fn run the whole model in training mode, with nothing frozen?"
         )
     broken = [
         path_name(path)
@@ -182,10 +180,9 @@ def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
         if not (np.isfinite(moments[path].mean).all() and np.isfinite(moments[path].var).all())
     ]
     if broken:
-        warnings.warn(
+        warn_user(
             f"jbn.tools.recalibrate: the batches gave NaN or inf in {join_paths(broken, len(broken))}. Look "
-            "for NaN in the data, and for layers before these that give it.",
-            stacklevel=4,
+            "for NaN in the data, and for layers before these that give it."
         )
 
 
