@@ -14,7 +14,7 @@ from jaxtyping import Array
 from jbn._core.affine import Inputs, NormConfig
 from jbn._core.devices import Reduction
 from jbn._core.dtypes import as_numeric, output_dtype, unwrapped
-from jbn._core.errors import UnboundAxisError, describe, error
+from jbn._core.errors import UnboundAxisError, describe, error, join_names
 from jbn._core.options import Options, check_options, prepare_axis_name
 from jbn._core.sharding import num_shards, sharded_like
 from jbn._core.types import Axes, AxisName, BatchStats, Dtype, Params, X
@@ -128,7 +128,7 @@ def check_entries(argument: str, given: Any, allowed: Sequence[str]) -> None:
         layer = f"Pass the collection of one layer, for example variables['{argument}']['BatchNorm_0']."
         raise error(
             argument,
-            f"a mapping with {', '.join(unknown)}",
+            f"a mapping with {join_names(unknown)}",
             f"only {', '.join(allowed)}",
             "Is it swapped with the other? params come first, then batch_stats." if swapped else layer,
         )

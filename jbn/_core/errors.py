@@ -9,11 +9,14 @@ import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_LONGEST = 160
+"""Characters of a value in an error text; of a name half as many, of all that came twice as many."""
 
 _NOT_THE_USERS = ("jbn", "flax", "jax", "contextlib")
 """Packages whose lines a warning does not name."""
@@ -37,15 +40,27 @@ class UnboundAxisError(ArgumentError, NameError):
 def error(
     argument: str, got: str, expected: str, fix: str, kind: type[ArgumentError] = ArgumentError
 ) -> ArgumentError:
-    """The one builder of error texts."""
-    return kind(f"{argument} is {got}. Expected {expected}. {fix}")
+    """The one builder of error texts. What came is cut if it is long: the rest of the text has to be seen."""
+    return kind(f"{argument} is {_shorten(got, 2 * _LONGEST)}. Expected {expected}. {fix}")
 
 
 def describe(value: Any) -> str:
-    """How error texts show an argument: `float32[8,3]` for an array, its repr for anything else."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    """How error texts show an argument: `float32[8,3]` for an array, the begin of its repr for others."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, type):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return repr(value)
+    return _shorten(" ".join(repr(value).split()), _LONGEST)
+
+
+def _shorten(text: str, most: int) -> str:
+    """The begin of a text that may be of any length, such as that of whole arrays."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def join_names(names: Iterable[Any], most: int = 4) -> str:
+    """The first few names, for people."""
+    named = list(names)
+    shown = [_shorten(str(name), _LONGEST // 2) for name in named[:most]]
+    return ", ".join([*shown, f"and {len(named) - most} more"] if len(named) > most else shown)
 
 
 def warn_user(text: str) -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Num
 
 from jbn._core.arguments import axis_size, prepare_mask, prepare_x
 from jbn._core.devices import Reduction
-from jbn._core.errors import describe, error, names_errors
+from jbn._core.errors import describe, error, join_names, names_errors
 from jbn._core.options import prepare_axis_name
 from jbn._core.statistics import ShiftedMoments, measure, merge_shifted
 from jbn._core.types import Axes, AxisIndexGroups, AxisName, X
@@ -135,11 +136,18 @@ def checked_merge(moments: Sequence[Moments]) -> Moments:
     ):
         raise error(
             "moments",
-            f"({', '.join(describe(getattr(m, 'mean', m)) for m in moments)})",
+            f"({join_names(describe(getattr(m, 'mean', m)) for m in moments)})",
             "one or more jbn.Moments of one shape",
-            "Merge the moments of one layer, as from jbn.moments(x).",
+            how_to_have_moments(moments, "Merge the moments of one layer, as from jbn.moments(x)."),
         )
     return merge_all(moments)
+
+
+def how_to_have_moments(given: Iterable[Any], otherwise: str) -> str:
+    """The end of an error about what came as moments."""
+    if any(isinstance(each, Mapping) and set(each) == {"count", "mean", "var"} for each in given):
+        return "A checkpoint may give a mapping back: jbn.Moments(**found)."
+    return otherwise
 
 
 def merge_all(moments: Sequence[Moments]) -> Moments:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from jbn._core.arguments import check_batch_stats, check_counters
 from jbn._core.dtypes import compute_dtype, reduction_dtype, unwrapped
 from jbn._core.errors import describe, error, names_errors
-from jbn._core.moments import Moments, merge_all
+from jbn._core.moments import Moments, how_to_have_moments, merge_all
 from jbn._core.options import check_momentum, check_static
 from jbn._core.sharding import sharded_like
 from jbn._core.types import BatchStats
@@ -81,7 +81,8 @@ def checked_update(
     for name, choice in (("unbiased", unbiased), ("skip_nonfinite", skip_nonfinite)):
         check_static(name, choice)
     if not isinstance(moments, Moments) or len({np.shape(part) for part in vars(moments).values()}) > 1:
-        raise error("moments", describe(moments), "jbn.Moments", "Measure x: jbn.moments(x).")
+        fix = how_to_have_moments([moments], "Measure x: jbn.moments(x).")
+        raise error("moments", describe(moments), "jbn.Moments", fix)
     check_batch_stats(batch_stats, moments.mean, ())
     check_counters(batch_stats, momentum, debias=False, training=True)
     return update_running(

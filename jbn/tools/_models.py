@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from jax.tree_util import DictKey
 from jaxtyping import Array
 
-from jbn._core.errors import describe, error, named_errors
+from jbn._core.errors import describe, error, join_names, named_errors
 from jbn._core.moments import Moments
 from jbn.nnx import BatchMoments
 
@@ -178,7 +178,7 @@ def batch_norms_in(flat: Mapping[str, Any]) -> dict[Path, Layer]:
     if not layers:
         raise error(
             "variables",
-            f"a model with the collections {', '.join(flat) or 'none'}",
+            f"a model with the collections {join_names(flat) or 'none'}",
             "one with a batch norm: a mean and a var in batch_stats",
             _ALL,
         )
@@ -272,5 +272,4 @@ def show_path(path: Path) -> str:
 
 def join_paths(paths: Sequence[str], most: int = 4) -> str:
     """The first few paths, for people."""
-    named = [path or "the model itself" for path in paths[:most]]
-    return ", ".join([*named, f"and {len(paths) - most} more"] if len(paths) > most else named)
+    return join_names([path or "the model itself" for path in paths], most)

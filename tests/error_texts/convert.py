@@ -27,6 +27,18 @@ COLLECTIONS = "Pass the collections of one layer, for example variables['params'
 TAKE = "The docstring of from_equinox shows how to take them out of a layer and its State."
 LEAVE = "Leave out what has no counterpart, once you know that nothing is lost with it."
 TEXTS = {
+    "from_torch of a whole model": (
+        lambda: from_torch({f"layer{number}.bn.weight": VECTOR for number in range(6)}),
+        "jbn.tools.from_torch: state is one of a whole model, with layer0.bn.weight, layer1.bn.weight, "
+        "layer2.bn.weight, layer3.bn.weight, and 2 more. Expected that of one batch norm, bn.state_dict(). "
+        "Convert the model with jbn.tools.from_torch_state_dict(state_dict, mapping).",
+    ),
+    "from_keras of many entries": (
+        lambda: jbn.tools.from_keras({f"w{number}": VECTOR for number in range(6)}),
+        "jbn.tools.from_keras: state is a mapping with the unknown w0, w1, w2, w3, and 2 more and without "
+        "moving_mean, moving_variance. Expected moving_mean, moving_variance, and perhaps gamma, beta. Pass "
+        "{v.name: v.value for v in layer.weights} of one BatchNormalization without renorm.",
+    ),
     "no mapping": (
         lambda: from_torch([VECTOR]),
         "jbn.tools.from_torch: state is a list of 1. Expected a mapping with weight, bias, "

@@ -226,6 +226,11 @@ TEXTS = {
         lambda: jbn.update(STATS, 3),
         "jbn.update: moments is 3. Expected jbn.Moments. Measure x: jbn.moments(x).",
     ),
+    "update by what a checkpoint makes of moments": (
+        lambda: jbn.update(STATS, {"count": 2, "mean": 0, "var": 1}),
+        "jbn.update: moments is {'count': 2, 'mean': 0, 'var': 1}. Expected jbn.Moments. A checkpoint may "
+        "give a mapping back: jbn.Moments(**found).",
+    ),
     "debias a model that does not count": (
         lambda: jbn.tools.debias({"batch_stats": STATS}),
         "jbn.tools.debias: momentum is for none. Expected those of batch norms with a count: there "

@@ -30,8 +30,8 @@ def plot_without_matplotlib():
 TEXTS = {
     "no variables": (
         lambda: report([VARIABLES]),
-        f"jbn.tools.report: variables is {[VARIABLES]!r}. Expected linen variables or an NNX module. "
-        "For a linen model pass {'params': params, 'batch_stats': batch_stats}.",
+        f"jbn.tools.report: variables is {' '.join(repr([VARIABLES]).split())[:157]}.... Expected linen "
+        "variables or an NNX module. For a linen model pass {'params': params, 'batch_stats': batch_stats}.",
     ),
     "no batch norm": (
         lambda: report({"params": {}}),

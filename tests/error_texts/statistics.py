@@ -38,6 +38,11 @@ TEXTS = {
         "jbn.merge: moments is (float32[3], float32[4]). Expected one or more jbn.Moments of "
         "one shape. Merge the moments of one layer, as from jbn.moments(x).",
     ),
+    "merging what a checkpoint makes of moments": (
+        lambda: jbn.merge(jbn.moments(X), {"count": 2, "mean": 0, "var": 1}),
+        "jbn.merge: moments is (float32[3], {'count': 2, 'mean': 0, 'var': 1}). Expected one or more "
+        "jbn.Moments of one shape. A checkpoint may give a mapping back: jbn.Moments(**found).",
+    ),
     "update with another layer": (
         lambda: jbn.update(STATS, jbn.moments(X, axis=1)),
         "jbn.update: batch_stats['mean'] is float32[3]. Expected shape (4,). Make them for as many "

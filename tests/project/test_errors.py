@@ -8,9 +8,14 @@ import traceback
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import jbn
 import jbn.linen
+import jbn.nnx
+import jbn.tools
 from tests.error_texts import convert, convert_values, core, fold, layers, options, report, statistics, tools
 from tests.support.cases import loosely
 from tests.tools.convert import test_torch_model
@@ -55,6 +60,7 @@ def lines(error):
 @pytest.mark.parametrize("name", CASES)
 def test_error_text(name):
     assert raised(name)[0] == CASES[name][1]
+    assert len(raised(name)[0]) <= 600
 
 
 def test_every_error_has_a_text():
@@ -67,6 +73,56 @@ def test_every_error_has_a_text():
                 spot = {(str(file), line) for line in range(node.lineno, node.end_lineno + 1)}
                 unseen += [] if spot & reached else [f"{file.relative_to(PACKAGE)}:{node.lineno}"]
     assert not unseen
+
+
+WIDE = jbn.init(512)
+TRAIN = {"use_running_average": False}
+RAGGED = [[0.5] * 512, [0.5]]
+MANY = {f"block{number}.conv.weight": jnp.ones(512) for number in range(400)}
+MOMENTS = vars(jbn.moments(jnp.ones((8, 512), np.float32)))
+HOSTILE = {
+    "ragged x": lambda: jbn.batch_norm(*WIDE, RAGGED, **TRAIN),
+    "ragged mask": lambda: jbn.batch_norm(*WIDE, jnp.ones((8, 512)), mask=RAGGED, **TRAIN),
+    "ragged mode": lambda: jbn.batch_norm(*WIDE, jnp.ones((8, 512)), use_running_average=RAGGED),
+    "collections in a tuple": lambda: jbn.batch_norm(WIDE, WIDE, jnp.ones((8, 512)), **TRAIN),
+    "a list of parameters": lambda: jbn.batch_norm(
+        {"scale": [1.0] * 512}, WIDE[1], jnp.ones((8, 512)), **TRAIN
+    ),
+    "parameters of a whole model": lambda: jbn.batch_norm(MANY, WIDE[1], jnp.ones((8, 512)), **TRAIN),
+    "an axis of many": lambda: jbn.moments(jnp.ones((8, 512)), axis=list(range(900))),
+    "a long name of an axis": lambda: jbn.moments(jnp.ones((8, 512)), axis_name="data" * 400),
+    "unequal groups": lambda: jbn.moments(
+        jnp.ones((8, 512)), axis_name="data", axis_index_groups=[list(range(400)), [400]]
+    ),
+    "a shape of many": lambda: jbn.init([1.5] * 400),
+    "a dtype of many": lambda: jbn.batch_norm(*WIDE, jnp.ones((8, 512)), dtype=["f"] * 400, **TRAIN),
+    "update by a dict": lambda: jbn.update(WIDE[1], MOMENTS),
+    "merge of dicts": lambda: jbn.merge(*[MOMENTS] * 400),
+    "from_torch of a whole model": lambda: jbn.tools.from_torch(MANY),
+    "from_keras of a whole model": lambda: jbn.tools.from_keras(MANY),
+    "from_torch_state_dict without a mapping": lambda: jbn.tools.from_torch_state_dict(MANY, {}),
+    "names that are none": lambda: jbn.tools.from_torch_state_dict(dict.fromkeys(range(400)), {}),
+    "a path of many": lambda: jbn.tools.from_torch_state_dict({}, {"conv": RAGGED, 3: RAGGED}),
+    "a library of many": lambda: jbn.tools.settings_from(RAGGED),
+    "moments of other layers": lambda: jbn.tools.apply_moments(
+        {"batch_stats": WIDE[1]}, {name: jbn.Moments(**MOMENTS) for name in MANY}, momentum=0.9
+    ),
+    "overrides of other names": lambda: jbn.nnx.replace_batch_norm(layers.nnx_layer(), **MANY),
+    "classes of many": lambda: jbn.nnx.replace_batch_norm(layers.nnx_layer(), classes=tuple(range(400))),
+    "a where of many": lambda: jbn.nnx.replace_batch_norm(layers.nnx_layer(), RAGGED),
+    "pairs of many": lambda: jbn.tools.fold_variables(
+        {"params": {"conv": {"kernel": jnp.ones((3, 512))}}, "batch_stats": WIDE[1]}, pairs=[RAGGED[0]]
+    ),
+    "a class": lambda: jbn.batch_norm(*WIDE, np.float32, **TRAIN),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whole_arrays_and_lists_of_names_are_cut(name):
+    """So that what was expected, and how to mend it, are seen."""
+    with pytest.raises(ValueError, match=r"^jbn\..* is .*\. Expected ") as caught:
+        HOSTILE[name]()
+    assert len(str(caught.value)) <= 600
 
 
 def test_an_unbound_axis_is_a_name_error_as_in_jax():

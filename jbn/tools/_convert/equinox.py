@@ -42,7 +42,7 @@ def from_equinox(state: Mapping[str, Any], *, momentum: float) -> tuple[dict[str
       params with `scale`, `bias`, and batch_stats with `mean`, `var`, `count`: copies, as JAX arrays.
 
     Raises:
-      ValueError: entries that are missing or unknown, all by name, or of a wrong shape or dtype; a momentum
+      ValueError: entries that are missing or unknown, by name, or of a wrong shape or dtype; a momentum
         out of range; mode="ema" before the first batch, when there are no statistics.
 
     Example:

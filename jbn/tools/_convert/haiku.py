@@ -40,7 +40,7 @@ def from_haiku(
       params with `scale`, `bias`, and batch_stats with `mean`, `var`, `count`: [C], copies, as JAX arrays.
 
     Raises:
-      ValueError: entries that are missing or unknown, all by name, or of a wrong shape or dtype; counters
+      ValueError: entries that are missing or unknown, by name, or of a wrong shape or dtype; counters
         that differ.
 
     Example:

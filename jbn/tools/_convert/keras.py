@@ -33,7 +33,7 @@ def from_keras(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Ar
       params with `scale`, `bias`, and batch_stats with `mean`, `var`: copies, as JAX arrays.
 
     Raises:
-      ValueError: entries that are missing or unknown, all by name, or of a wrong shape or dtype.
+      ValueError: entries that are missing or unknown, by name, or of a wrong shape or dtype.
 
     Example:
       >>> import numpy as np, jbn.tools

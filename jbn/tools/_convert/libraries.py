@@ -7,7 +7,7 @@ its description and know no library by name, except for what only one of them do
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from jbn._core.errors import describe, error
+from jbn._core.errors import describe, error, join_names
 
 
 class Library(NamedTuple):
@@ -88,12 +88,12 @@ def brief(value: Any) -> str:
 def check_names(
     argument: str, given: Any, required: Collection[str], allowed: Collection[str], fix: str
 ) -> None:
-    """A mapping with all that is required, and nothing else than what is allowed; an error names them all."""
+    """A mapping with all that is required, and nothing else than what is allowed; an error names both."""
     if not isinstance(given, Mapping):
         raise error(argument, brief(given), f"a mapping with {', '.join(allowed)}", fix)
     unknown = [str(name) for name in given if name not in allowed]
     missing = [name for name in required if name not in given]
-    found = [f"with the unknown {', '.join(unknown)}"] if unknown else []
+    found = [f"with the unknown {join_names(unknown)}"] if unknown else []
     found += [f"without {', '.join(missing)}"] if missing else []
     if found:
         optional = [name for name in allowed if name not in required]

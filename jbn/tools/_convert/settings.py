@@ -47,7 +47,7 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
       library has such settings; `renorm` where it is given.
 
     Raises:
-      ValueError: settings that are missing or have no counterpart, all by name, and values that have none.
+      ValueError: settings that are missing or have no counterpart, by name, and values that have none.
 
     Example:
       >>> import jbn.tools
@@ -88,7 +88,7 @@ def settings_to(library: str, /, **ours: Any) -> dict[str, Any]:
       where it differs from affine, and Keras's renorm only where ours is given.
 
     Raises:
-      ValueError: settings that are missing or have no counterpart, all by name, and values that have none,
+      ValueError: settings that are missing or have no counterpart, by name, and values that have none,
         such as momentum=None, the cumulative average, outside PyTorch.
 
     Example:

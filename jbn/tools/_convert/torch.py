@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from jbn._core.errors import names_errors
+from jbn._core.errors import error, join_names, names_errors
 from jbn._core.types import BatchStats, Params
 from jbn.tools._convert.arrays import read, write
 from jbn.tools._convert.libraries import TORCH
@@ -34,7 +34,7 @@ def from_torch(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Ar
       params with `scale`, `bias`, and batch_stats with `mean`, `var`, `count`: copies, as JAX arrays.
 
     Raises:
-      ValueError: entries that are missing or unknown, all by name, or of a wrong shape or dtype.
+      ValueError: entries that are missing or unknown, by name, or of a wrong shape or dtype.
 
     Example:
       >>> import numpy as np, jbn.tools
@@ -45,6 +45,13 @@ def from_torch(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Ar
 
     Reference: torch.nn.BatchNorm2d of PyTorch 2.
     """
+    if isinstance(state, Mapping) and (names := [name for name in state if "." in str(name)]):
+        raise error(
+            "state",
+            f"one of a whole model, with {join_names(names)}",
+            "that of one batch norm, bn.state_dict()",
+            "Convert the model with jbn.tools.from_torch_state_dict(state_dict, mapping).",
+        )
     return read(TORCH, state)
 
 

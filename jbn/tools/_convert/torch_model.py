@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jbn._core.errors import describe, error, named_errors, names_errors
+from jbn._core.errors import describe, error, join_names, named_errors, names_errors
 from jbn.tools._convert.arrays import read, to_jax, to_numpy
 from jbn.tools._convert.libraries import TORCH, brief
 from jbn.tools._convert.torch import torch_arrays
@@ -84,7 +84,7 @@ def from_torch_state_dict(
         raise error("state_dict", brief(state_dict), "a mapping of names to arrays", fix)
     if wrong := [repr(key) for key in state_dict if not isinstance(key, str)]:
         expected = "names of arrays such as 'fc.weight'"
-        raise error("state_dict", f"one with {', '.join(wrong)}", expected, fix)
+        raise error("state_dict", f"one with {join_names(wrong)}", expected, fix)
     _check_prefix(prefix)
     modules: dict[str, dict[str, Any]] = {}
     left = []
@@ -107,7 +107,7 @@ def from_torch_state_dict(
     if inside:
         expected = "paths of modules, and none inside of an array"
         fix = "Each module has a path of its own."
-        raise error("mapping", f"one with {', '.join(map(path_name, inside))}", expected, fix)
+        raise error("mapping", f"one with {join_paths(list(map(path_name, inside)))}", expected, fix)
     return {collection: unflatten_dict(leaves) for collection, leaves in flat.items() if leaves}
 
 
@@ -192,7 +192,7 @@ def _check_kernel(argument: str, name: str, arrays: Mapping[str, np.ndarray], ou
     kernel, bias = arrays.get(name), arrays.get("bias")
     good = kernel is not None and kernel.ndim >= 2 and not arrays.keys() - {name, "bias"}
     if not good or (bias is not None and bias.shape != (arrays[name].shape[out],)):
-        got = ", ".join(f"{key} {describe(array)}" for key, array in arrays.items())
+        got = join_names(f"{key} {describe(array)}" for key, array in arrays.items())
         raise error(argument, got, _KINDS, _OTHERS)
 
 

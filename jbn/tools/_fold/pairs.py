@@ -19,7 +19,7 @@ from rich.console import Console
 
 import jbn.linen
 import jbn.nnx
-from jbn._core.errors import describe, error
+from jbn._core.errors import describe, error, join_names
 from jbn._core.types import Axes
 from jbn.tools._models import (
     Layer,
@@ -267,14 +267,14 @@ def resolve_pairs(pairs: Any, model: OpenedModel) -> list[tuple[Path, Path]]:
     for pair in pairs:
         parts = pair if isinstance(pair, (tuple, list)) else ()
         if len(parts) != 2 or not all(isinstance(part, (str, tuple, list)) for part in parts):
-            raise error("pairs", f"a sequence with {pair!r}", expected, example)
+            raise error("pairs", f"a sequence with {describe(pair)}", expected, example)
         layer, norm = pair
         found.append((_find_path(layer, model.layers, "layer"), _find_path(norm, model.norms, "batch norm")))
     counts = Counter(path for pair in found for path in pair)
     if twice := [show_path(path) for path, count in counts.items() if count > 1]:
         raise error(
             "pairs",
-            f"a sequence with {', '.join(twice)} in several pairs",
+            f"a sequence with {join_names(twice)} in several pairs",
             "each layer and each batch norm once",
             "A layer takes one batch norm.",
         )
@@ -289,7 +289,7 @@ def _find_path(given: Any, paths: Iterable[Path], kind: str) -> Path:
         raise error(
             "pairs",
             f"a sequence with the {kind} {written!r}",
-            f"a {kind} of the model: {', '.join(map(show_path, known.values())) or 'it has none'}",
+            f"a {kind} of the model: {join_names(map(show_path, known.values())) or 'it has none'}",
             "Paths are those of the variables; a shared NNX module has the first of its paths.",
         )
     return known[written]

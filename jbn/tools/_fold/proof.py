@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jbn._core.arguments import prepare_x
 from jbn._core.dtypes import compute_dtype, promote_stats, reduction_dtype
-from jbn._core.errors import describe, error, named_errors
+from jbn._core.errors import describe, error, join_names, named_errors
 from jbn._core.forward import apply
 from jbn._core.options import Options
 from jbn._core.running import store_debiased
@@ -48,7 +48,7 @@ class _Fault(NamedTuple):
     @property
     def got(self) -> str:
         """The pairs and what is wrong with them."""
-        return f"{', '.join(pair.name for pair in self.pairs)}, which {self.what}"
+        return f"{join_names(pair.name for pair in self.pairs)}, which {self.what}"
 
 
 def prove(
@@ -176,7 +176,7 @@ def _outputs_by_call(
             leaves = jax.tree.leaves(run(model.write(changes), x))
         floating = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         if not floating:
-            got = f"a function that returns {', '.join(map(describe, leaves)) or 'nothing'}"
+            got = f"a function that returns {join_names(map(describe, leaves)) or 'nothing'}"
             expected = "floating outputs, by which the proof sees a change"
             fix = "Return the logits, and not their argmax."
             raise error("call", got, expected, fix)

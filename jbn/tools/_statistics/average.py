@@ -12,7 +12,7 @@ from jax.tree_util import DictKey
 from jaxtyping import Array
 
 from jbn._core.dtypes import compute_dtype, reduction_dtype, unwrapped
-from jbn._core.errors import describe, error, names_errors
+from jbn._core.errors import describe, error, join_names, names_errors
 from jbn._core.moments import Moments, merge_stacked
 from jbn._core.options import is_unit_interval
 from jbn._core.running import Decay, moving_average
@@ -95,7 +95,7 @@ def _merge_replicas(stats: Any, axis: int) -> Any:
     flat = {path: jnp.asarray(value) for path, value in flat.items()}
     sizes = {value.shape[axis] if -value.ndim <= axis < value.ndim else None for value in flat.values()}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
-        got = f"arrays of {', '.join(sorted({describe(value) for value in flat.values()}))}"
+        got = f"arrays of {join_names(sorted({describe(value) for value in flat.values()}))}"
         expected = f"one number of replicas along axis {axis}, in all of them"
         raise error("batch_stats", got, expected, _REPLICAS)
     for path in layers:
