@@ -14,23 +14,24 @@ import numpy as np
 from flax.core import meta, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Array
 
-from jbn._core.errors import error, named_errors, warn_user
-from jbn._core.layer_filter import Where, check_where, matches
+from jbn._core.errors import error, join_names, named_errors, warn_user
+from jbn._core.layer_filter import Where, check_where, matches, settings_of, warn_of_settings
 from jbn._core.moments import Moments
-from jbn._core.types import Flag, X
 from jbn.linen._layer import ONLY_TRAINING_MOMENTS, BatchNorm
 
 
 @dataclasses.dataclass(frozen=True)
 class _Replacement:
-    """What one context replaces, and by what; and of which classes modules ran, and if one was meant."""
+    """What one context replaces, and by what; and what it met."""
 
     where: Where = None
     classes: tuple[type[nn.Module], ...] = ()
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     ran: dict[str, bool] = dataclasses.field(default_factory=dict)
+    """The classes of modules that ran, and whether one of them was meant."""
+    left_out: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    """The settings of the classes that were replaced, as far as ours does not have them."""
 
     def key(self) -> str:
         """What it shares with replacements that are the same to a trace, and with no others."""
@@ -42,6 +43,8 @@ class _Replacement:
         meant = type(layer) in known and matches(self.where, "/".join(layer.path))
         name = type(layer).__name__
         self.ran[name] = self.ran.get(name, False) or meant
+        if meant and (unknown := _settings(type(layer)) - _fields(BatchNorm)):
+            self.left_out[name] = unknown
         return meant
 
 
@@ -96,8 +99,8 @@ def replace_batch_norm(
       where: which layers: a glob on their path, such as `"backbone/*"`, in which `*` crosses `/`, or a
         predicate of the path; None: all.
       classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables
-        and the arguments of its call, and those of its fields that have a name of ours. Their subclasses are
-        left alone.
+        and no others, and called as it is or with less. Settings that have a name of ours are taken over,
+        whether they are fields or values in the body of the class. Their subclasses are left alone.
       **overrides: fields of `jbn.linen.BatchNorm` that get these values in the layers.
 
     Returns:
@@ -105,12 +108,14 @@ def replace_batch_norm(
 
     Raises:
       ValueError: an override that is no field of the layer; a `where` or `classes` of a wrong kind, a class
-        that is called with other arguments.
+        that is called with other arguments, or in another order, or has another mode by default; when it is
+        applied, a layer with other entries in `params` or `batch_stats`.
 
     Warns:
-      UserWarning: modules ran inside, and none of them was a batch norm to replace. Modules in a function
-        that `jax.jit` has compiled already are not seen: where all batch norms are in such a function, and
-        other modules run outside of it, the warning is wrong.
+      UserWarning: at the end, of settings of replaced classes under names that ours does not have, such as
+        `eps`; and where modules ran inside, and none of them was a batch norm to replace. Modules in a
+        function that `jax.jit` has compiled already are not seen: where all batch norms are in such a
+        function, and other modules run outside of it, the second warning is wrong.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.linen
@@ -127,8 +132,9 @@ def replace_batch_norm(
     replacement = _Replacement(where, tuple(classes), overrides)
     with _replacing(replacement):
         yield
+    warn_of_settings("jbn.linen.replace_batch_norm", replacement.left_out)
     if replacement.ran and not any(replacement.ran.values()):
-        ran = ", ".join(sorted(replacement.ran))
+        ran = join_names(sorted(replacement.ran))
         warn_user(
             f"jbn.linen.replace_batch_norm: modules of {ran} ran, and none was a batch "
             "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=."
@@ -141,7 +147,7 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
     if unknown := sorted(set(overrides) - fields):
         raise error(
             "overrides",
-            ", ".join(unknown),
+            join_names(unknown),
             f"fields of jbn.linen.BatchNorm ({', '.join(sorted(fields))})",
             "Check the spelling.",
         )
@@ -206,15 +212,14 @@ def _replacing(replacement: _Replacement) -> Iterator[None]:
         overrides = {name: value for each in meant for name, value in each.overrides.items()}
         if not meant or (type(layer) is BatchNorm and not overrides):
             return call(*args, **kwargs)
-        settings = {name: getattr(layer, name) for name in _fields(BatchNorm) & _fields(type(layer))}
+        _check_entries(layer)
+        settings = {name: getattr(layer, name) for name in _fields(BatchNorm) if hasattr(layer, name)}
         scope: Any = layer.scope  # ours has its variables where the other has them
         ours = _StandIn(**(settings | overrides), parent=scope)
-
-        def run(x: X, use_running_average: Flag | None = None, **options: Any) -> Array:
-            overridden = "use_running_average" in overrides
-            return ours(x, None if overridden else use_running_average, **options)
-
-        return run(*args, **kwargs)
+        if "use_running_average" in overrides:
+            args = (*args[:1], *(None for _ in args[1:2]), *args[2:])
+            kwargs = {name: value for name, value in kwargs.items() if name != "use_running_average"}
+        return ours(*args, **kwargs)
 
     token = _ACTIVE.set((*_ACTIVE.get(), replacement))
     # Metadata is part of the key by which JAX finds what it has traced, replacements must be too.
@@ -224,6 +229,31 @@ def _replacing(replacement: _Replacement) -> Iterator[None]:
             yield
     finally:
         _ACTIVE.reset(token)
+
+
+def _check_entries(layer: nn.Module) -> None:
+    """Of a class that is not Flax's: with others than ours they would be lost silently."""
+    ours = {"params": {"scale", "bias"}, "batch_stats": {"mean", "var", "count", "rows", "moments"}}
+    other = [
+        f"{collection}[{name!r}]"
+        for collection, known in ours.items()
+        for name in (layer.variables if layer.scope else {}).get(collection, {})
+        if name not in known
+    ]
+    if other and type(layer) is not nn.BatchNorm:
+        path = repr("/".join(layer.path)) if layer.path else ""
+        with named_errors("jbn.linen.replace_batch_norm", layer=path):
+            raise error(
+                "classes",
+                f"one with {type(layer).__name__}, which has {join_names(other)}",
+                "classes with at most scale and bias in params, and mean and var in batch_stats",
+                "Give them these names in the class, or leave it out.",
+            )
+
+
+def _settings(layer: type[nn.Module]) -> set[str]:
+    """Its fields, and other values in its body."""
+    return _fields(layer) | (settings_of(layer, nn.Module) - {"parent", "name", "scope"})
 
 
 def _fields(layer: type[nn.Module]) -> set[str]:

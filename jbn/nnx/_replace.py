@@ -1,13 +1,14 @@
 """Models of NNX as they are: batch norms that keep moments, and ours in the place of Flax's."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
 
-from jbn._core.errors import error, names_errors, warn_user
-from jbn._core.layer_filter import Where, check_where, matches
+from jbn._core.errors import error, join_names, names_errors, warn_user
+from jbn._core.layer_filter import Where, check_where, matches, settings_of, warn_of_settings
 from jbn._core.moments import Moments
 from jbn._core.options import counters
 from jbn.nnx._layer import BatchMoments, BatchNorm, as_attribute
@@ -23,7 +24,8 @@ _SETTINGS = {
     for name, parameter in inspect.signature(BatchNorm.__init__).parameters.items()
     if name not in _OF_VARIABLES
 }
-_OWN = set(_SETTINGS) - set(inspect.signature(nnx.BatchNorm.__init__).parameters)
+_VARIABLES = ("mean", "var", "scale", "bias")
+_COUNTERS = ("count", "rows", "batch_moments")
 
 
 @names_errors
@@ -65,8 +67,8 @@ def replace_batch_norm(
       where: which layers: a glob on their path, such as `"backbone/*"`, in which `*` crosses `/`, or a
         predicate of the path; None: all. A layer that is held in several places has the first of its paths.
       classes: further classes of modules to replace: a model's own copy of Flax's layer, with its variables
-        and the arguments of its call, and those of its attributes that have a name of ours. Their subclasses
-        are left alone.
+        and no others, and called as it is or with less. Settings that have a name of ours are taken over,
+        whether they are attributes of the layer or of its class. Their subclasses are left alone.
       **overrides: attributes of `jbn.nnx.BatchNorm` that get these values in the layers.
 
     Returns:
@@ -74,10 +76,12 @@ def replace_batch_norm(
 
     Raises:
       ValueError: an override that is no attribute of the layer; a `where` or `classes` of a wrong kind, a
-        class with other variables, or that is called with other arguments.
+        class with other variables, or that is called with other arguments, or in another order, or has
+        another mode by default. The model is then as it was.
 
     Warns:
-      UserWarning: the model has no batch norm that `where` and `classes` select.
+      UserWarning: the model has no batch norm that `where` and `classes` select; settings of replaced classes
+        under names that ours does not have, such as `eps`.
 
     Example:
       >>> import jax.numpy as jnp, jbn.nnx
@@ -90,7 +94,7 @@ def replace_batch_norm(
     if unknown := sorted(set(overrides) - set(_SETTINGS)):
         raise error(
             "overrides",
-            ", ".join(unknown),
+            join_names(unknown),
             f"settings of jbn.nnx.BatchNorm ({', '.join(_SETTINGS)})",
             "Check the spelling.",
         )
@@ -104,7 +108,7 @@ def replace_batch_norm(
     if not modules:
         ran = sorted({type(module).__name__ for _, module in nnx.iter_modules(model)})
         warn_user(
-            f"jbn.nnx.replace_batch_norm: the model has modules of {', '.join(ran)}, and none is a batch "
+            f"jbn.nnx.replace_batch_norm: the model has modules of {join_names(ran)}, and none is a batch "
             "norm to replace. Name further classes by classes=(TheirBatchNorm,), and look at where=."
         )
     if counters(overrides.get("momentum", 0.0), overrides.get("debias", False)) and any(
@@ -118,6 +122,7 @@ def replace_batch_norm(
         )
     for module in modules:
         _check_variables(module)
+    warn_of_settings("jbn.nnx.replace_batch_norm", _unknown_settings(modules))
     for module in modules:
         if type(module) is not BatchNorm:
             _become_ours(module)
@@ -128,26 +133,46 @@ def replace_batch_norm(
 
 def _become_ours(layer: Any) -> None:
     """The class alone is changed: wherever the layer is held, and by however many, it stays one object."""
+    # Also values in the body of the class, which is theirs no longer afterwards.
+    settings = {name: getattr(layer, name, default) for name, default in _SETTINGS.items()}
+    features = getattr(layer, "num_features", None)
     layer.__class__ = BatchNorm
-    layer.count, layer.rows, layer.batch_moments = (nnx.data(None) for _ in range(3))
-    for name, value in _SETTINGS.items():
-        if name in _OWN or not hasattr(layer, name):
-            setattr(layer, name, value)
-    if not hasattr(layer, "num_features"):
-        layer.num_features = layer.mean.get_value().shape[-1]
+    for name in _COUNTERS:
+        setattr(layer, name, nnx.data(getattr(layer, name, None)))
+    for name, value in settings.items():
+        setattr(layer, name, as_attribute(value))
+    layer.num_features = layer.mean.get_value().shape[-1] if features is None else features
 
 
 def _check_variables(module: nnx.Module) -> None:
     """Those of Flax's layer, before any layer is changed; another name of scale would be lost silently."""
-    held = {name: getattr(module, name, ()) for name in ("mean", "var", "scale", "bias")}
-    if wrong := [
+    held = {name: getattr(module, name, ()) for name in _VARIABLES}
+    wrong = [
         name
         for name, value in held.items()
         if not isinstance(value, nnx.Variable) and (value is not None or name in ("mean", "var"))
-    ]:
+    ]
+    known = {*_VARIABLES, *(_COUNTERS if isinstance(module, BatchNorm) else ()), *_SETTINGS}
+    paths = nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.RngState))).paths
+    other = ["/".join(map(str, path)) for path in paths if path[0] not in known]
+    if wrong or other:
+        found = [f"has no variable {', '.join(wrong)}"] if wrong else []
+        found += [f"has the variables {join_names(other)}"] if other else []
         raise error(
             "classes",
-            f"one with {type(module).__name__}, which has no variable {', '.join(wrong)}",
-            "classes with the variables mean, var, scale and bias, the last two None where a layer has none",
+            f"one with {type(module).__name__}, which {' and '.join(found)}",
+            "classes with the variables mean, var, scale and bias, the last two None where a layer has none, "
+            "and no others",
             "Give them these names in the class.",
         )
+
+
+def _unknown_settings(modules: Iterable[nnx.Module]) -> dict[str, set[str]]:
+    """Of each class, the attributes that have no name of ours and are no variables."""
+    known = {*_SETTINGS, *_OF_VARIABLES, *_VARIABLES, *_COUNTERS}
+    unknown = {}
+    for module in modules:
+        names = settings_of(type(module), nnx.Module) | {n for n in vars(module) if not n.startswith("_")}
+        if left := names - known:
+            unknown[type(module).__name__] = left
+    return unknown

@@ -33,6 +33,35 @@ class CalledWithTrain(nn.Module):
         return x
 
 
+class ModeByDefault(nn.Module):
+    """Its calls without a mode evaluate; ours would not."""
+
+    @nn.compact
+    def __call__(self, x, use_running_average=True):
+        return x
+
+
+class WithGain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        self.variable("batch_stats", "steps", jnp.zeros, ())
+        return x * self.param("gain", nn.initializers.ones, x.shape)
+
+
+class WithWeight(nnx.Module):
+    def __init__(self):
+        self.scale, self.bias = None, None
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(3)), nnx.BatchStat(jnp.ones(3))
+        self.weight, self.count = nnx.Param(jnp.ones(3)), nnx.BatchStat(jnp.zeros(()))
+        self.inner = nnx.Dict(gamma=nnx.Param(jnp.ones(3)))
+
+
+def replace_within(model):
+    variables = model.init(jax.random.key(0), X)
+    with jbn.linen.replace_batch_norm(classes=(WithGain,)):
+        model.apply(variables, X)
+
+
 class OtherNames(nnx.Module):
     def __init__(self):
         self.gamma, self.bias = nnx.Param(jnp.ones(3)), None
@@ -199,14 +228,40 @@ TEXTS = {
     ),
     "linen: a class that is called in another way": (
         lambda: jbn.linen.replace_batch_norm(classes=(CalledWithTrain,)).__enter__(),
-        "jbn.linen.replace_batch_norm: classes is one with CalledWithTrain, called with train. Expected "
-        "classes that are called with x, and at most use_running_average, mask, residual, "
-        "update_batch_stats. Let it take use_running_average in its call, as Flax's layer does.",
+        "jbn.linen.replace_batch_norm: classes is one with CalledWithTrain, called with (x, train). Expected "
+        "classes that are called with (x, use_running_average=None, *, mask=None, residual=None, "
+        "update_batch_stats=True), or with less of it. Let its call be as that of Flax's layer: the mode "
+        "comes behind x, and is None by default.",
+    ),
+    "linen: a class with a mode by default": (
+        lambda: jbn.linen.replace_batch_norm(classes=(ModeByDefault,)).__enter__(),
+        "jbn.linen.replace_batch_norm: classes is one with ModeByDefault, called with (x, "
+        "use_running_average=True). Expected classes that are called with (x, use_running_average=None, *, "
+        "mask=None, residual=None, update_batch_stats=True), or with less of it. Let its call be as that of "
+        "Flax's layer: the mode comes behind x, and is None by default.",
+    ),
+    "linen: a class with a parameter of another name": (
+        lambda: replace_within(WithGain()),
+        "jbn.linen.replace_batch_norm: classes is one with WithGain, which has params['gain'], "
+        "batch_stats['steps']. Expected classes with at most scale and bias in params, and mean and var in "
+        "batch_stats. Give them these names in the class, or leave it out.",
+    ),
+    "linen: a class with a parameter of another name, in a model": (
+        lambda: replace_within(nn.Sequential([WithGain()])),
+        "jbn.linen.replace_batch_norm 'layers_0': classes is one with WithGain, which has params['gain'], "
+        "batch_stats['steps']. Expected classes with at most scale and bias in params, and mean and var in "
+        "batch_stats. Give them these names in the class, or leave it out.",
+    ),
+    "nnx: a class with more variables": (
+        lambda: jbn.nnx.replace_batch_norm(WithWeight(), classes=(WithWeight,)),
+        "jbn.nnx.replace_batch_norm: classes is one with WithWeight, which has the variables count, "
+        "inner/gamma, weight. Expected classes with the variables mean, var, scale and bias, the last two "
+        "None where a layer has none, and no others. Give them these names in the class.",
     ),
     "nnx: a class with variables of other names": (
         lambda: jbn.nnx.replace_batch_norm(OtherNames(), classes=(OtherNames,)),
-        "jbn.nnx.replace_batch_norm: classes is one with OtherNames, which has no variable var, scale. "
-        "Expected classes with the variables mean, var, scale and bias, the last two None where a layer has "
-        "none. Give them these names in the class.",
+        "jbn.nnx.replace_batch_norm: classes is one with OtherNames, which has no variable var, scale "
+        "and has the variables gamma. Expected classes with the variables mean, var, scale and bias, the "
+        "last two None where a layer has none, and no others. Give them these names in the class.",
     ),
 }

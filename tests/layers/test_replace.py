@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
+import jbn
 import jbn.linen
 import jbn.nnx
 from tests.support.cases import assert_close, assert_trees_close
@@ -187,11 +188,10 @@ def test_overrides_reach_layers_that_are_replaced_already():
 
 
 class TheirBatchNorm(nn.Module):
-    """A model's own copy of the class, with Flax's variables and other fields."""
+    """A model's own copy of the class, with Flax's variables."""
 
     use_running_average: bool = False
     momentum: float = 0.5
-    theirs: str = "something"
 
     @nn.compact
     def __call__(self, x):
@@ -302,6 +302,70 @@ def test_classes_that_somebody_else_wrote():
     with jbn.linen.replace_batch_norm(classes=(TheirBatchNorm,)):
         _, new = TheirBatchNorm().apply(variables, X, mutable=["batch_stats"])
     assert_close(new["batch_stats"]["mean"], 0.5 * X.mean(0), 1e-6)
+
+
+class SettingsInTheBody(nn.Module):
+    """Settings without an annotation are no fields."""
+
+    use_running_average = False
+    momentum = 0.5
+    axis = 1
+
+    @nn.compact
+    def __call__(self, x):
+        raise AssertionError("this one is replaced")
+
+
+class SettingsOfOtherNames(TheirBatchNorm):
+    eps: float = 1e-3
+    decay = 0.9
+
+
+class NnxSettings(nnx.Module):
+    momentum, axis, frozen, decay = 0.5, 1, True, 0.9
+
+    def __init__(self):
+        self.scale = self.bias = None
+        self.mean, self.var = nnx.BatchStat(jnp.ones(2)), nnx.BatchStat(jnp.ones(2))
+        self.eps = 1e-3
+
+
+def test_settings_in_the_body_of_a_class():
+    variables = {"params": jbn.init(3)[0], "batch_stats": jbn.init(3)[1]}
+    with jbn.linen.replace_batch_norm(classes=(SettingsInTheBody,)):
+        _, new = SettingsInTheBody().apply(variables, X.reshape(2, 4, 3).mT, mutable=["batch_stats"])
+    assert_close(new["batch_stats"]["mean"], 0.5 * X.mean(0), 1e-6)
+
+
+def test_settings_of_other_names_are_warned_of_once():
+    variables = TwoParts(nn.BatchNorm).init(jax.random.key(0), X)
+    with (
+        pytest.warns(UserWarning, match=r"SettingsOfOtherNames has settings .*: decay, eps\. ") as found,
+        jbn.linen.replace_batch_norm(classes=(SettingsOfOtherNames,)),
+    ):
+        TwoParts(SettingsOfOtherNames).apply(variables, X, mutable=["batch_stats"])
+    assert len(found) == 1
+    model = nnx.List([NnxSettings(), NnxSettings()])
+    with pytest.warns(UserWarning, match=r"NnxSettings has settings .*: decay, eps\. ") as found:
+        jbn.nnx.replace_batch_norm(model, classes=(NnxSettings,))
+    assert len(found) == 1
+    assert (model[0].momentum, model[0].axis, model[0].frozen) == (0.5, 1, True)
+
+
+def test_a_subclass_of_our_layer_keeps_its_counts():
+    class Mine(jbn.nnx.BatchNorm):
+        pass
+
+    layer = Mine(3, momentum=None, rngs=nnx.Rngs(0))
+    layer(X)
+    jbn.nnx.replace_batch_norm(layer, classes=(Mine,))
+    layer(X + 1)
+    assert_close(layer.mean[...], X.mean(0) + 0.5, 1e-5)
+
+
+def test_a_wrong_call_inside_is_one_of_the_layer():
+    with jbn.linen.replace_batch_norm(), pytest.raises(TypeError, match=r"^BatchNorm\.__call__\(\) "):
+        nn.BatchNorm(False).init(jax.random.key(0), X, None, None)
 
 
 def test_a_context_that_replaces_nothing_warns():
