@@ -154,14 +154,16 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def only_training_moments() -> Iterator[list[str]]:
+def only_training_moments() -> Iterator[tuple[list[str], dict[tuple[str | int, ...], str]]]:
     """`replace_batch_norm()` in which layers leave moments in training mode only, as recalibration needs.
 
     They leave them in `batch_stats`, as `moments` beside `mean`: lifted transforms need not know of another
     collection, and `nn.scan` that carries the statistics over time has the place from the start. The list
-    that comes has the names of what got places inside; `with_empty_moments` puts them there before.
+    that comes has the names of what got places inside; `with_empty_moments` puts them there before. The dict
+    has the classes, by path, of other batch norms that ran: subclasses of Flax's, or a model's own copies.
     """
     placed: list[str] = []
+    others: dict[tuple[str | int, ...], str] = {}
 
     def place(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         scope: Any = context.module.scope
@@ -169,13 +171,16 @@ def only_training_moments() -> Iterator[list[str]]:
             for name, places in _empty_moments(scope.variables().get("batch_stats", {})).items():
                 scope.put_variable("batch_stats", name, places)
                 placed.append(name)
+        held = {} if scope is None else scope.variables().get("batch_stats", {})
+        if {"mean", "var"} <= set(held) and not isinstance(context.module, BatchNorm):
+            others[context.module.path] = type(context.module).__name__
         return call(*args, **kwargs)
 
     token = ONLY_TRAINING_MOMENTS.set(True)
     again = set_xla_metadata(jbn_training_moments="alone")
     try:
         with _replacing(_Replacement()), nn.intercept_methods(place), again:
-            yield placed
+            yield placed, others
     finally:
         ONLY_TRAINING_MOMENTS.reset(token)
 

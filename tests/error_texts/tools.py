@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,14 @@ MODE = (
     "the moments of jbn.batch_norm(..., return_moments=True), or runs the stream with momentum=None from "
     "jbn.init(features, count=True)."
 )
+
+
+class Mine(nn.BatchNorm):
+    pass
+
+
+class MineInNnx(nnx.BatchNorm):
+    pass
 
 
 def bridged():
@@ -97,6 +106,21 @@ TEXTS = {
         lambda: recalibrate(apply_fn=None),
         "jbn.tools.recalibrate: apply_fn is None. Expected a function that runs the model in training mode. "
         "Pass model.apply, or a function around it, and for NNX lambda model, x: model(x).",
+    ),
+    "a subclass of Flax's layer": (
+        lambda: recalibrate(
+            Mine(use_running_average=False).apply,
+            variables=dict(zip(("params", "batch_stats"), jbn.init(3), strict=True)),
+        ),
+        "jbn.tools.recalibrate: apply_fn is one with batch norms of Mine, which are not measured. "
+        "Expected batch norms of Flax or jbn, and no subclasses or copies of them. Call it inside of a `with "
+        "jbn.linen.replace_batch_norm(classes=(Mine,)):`.",
+    ),
+    "a subclass of Flax's layer in NNX": (
+        lambda: recalibrate(lambda model, x: model(x), variables=MineInNnx(3, rngs=nnx.Rngs(0))),
+        "jbn.tools.recalibrate: apply_fn is one with batch norms of MineInNnx, which are not measured. "
+        "Expected batch norms of Flax or jbn, and no subclasses or copies of them. Call "
+        "jbn.nnx.replace_batch_norm(model, classes=(MineInNnx,)) before.",
     ),
     "a function that gives y alone": (
         lambda: recalibrate(lambda variables, x, **options: x),

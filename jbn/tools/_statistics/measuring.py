@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -13,11 +13,14 @@ from jbn._core.errors import describe, error
 from jbn.linen._replace import only_training_moments, with_empty_moments
 from jbn.nnx import BatchNorm, keep_batch_moments
 from jbn.nnx import replace_batch_norm as replace_nnx
-from jbn.tools._models import show_path, with_statistics, without_batch_moments
+from jbn.tools._models import Path, show_path, with_statistics, without_batch_moments
 
 
-def linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], Any]:
-    """A function from a batch to trees that hold its moments, perhaps among other leaves."""
+def linen_step(apply_fn: Callable[..., Any], variables: Any) -> tuple[Callable[[Any], Any], dict[Path, str]]:
+    """A function from a batch to trees that hold its moments, perhaps among other leaves.
+
+    And the classes of batch norms, by path, that it could not measure; known when it was called.
+    """
     options = {"mutable": ("batch_stats", "batch_moments")} if _takes_mutable(apply_fn) else {}
 
     @jax.jit
@@ -35,20 +38,23 @@ def linen_step(apply_fn: Callable[..., Any], variables: Any) -> Callable[[Any], 
         return [result[1].get(name, {}) for name in ("batch_stats", "batch_moments")]
 
     start = without_batch_moments(variables)
+    unmeasured: dict[Path, str] = {}
 
     def measure(batch: Any) -> Any:
         nonlocal start
-        with only_training_moments() as placed, nn.intercept_methods(_refuse_bridged):
+        with only_training_moments() as (placed, others), nn.intercept_methods(_refuse_bridged):
             try:
-                return step(start, batch)
+                result = step(start, batch)
             except TypeError:
                 if not placed:  # by a function that is pure, or has its places already
                     raise
-            # An nn.scan that is the whole model has made its carry before a module of linen runs.
-            start = with_empty_moments(start)
-            return step(start, batch)
+                # An nn.scan that is the whole model has made its carry before a module of linen runs.
+                start = with_empty_moments(start)
+                result = step(start, batch)
+        unmeasured.update(others)
+        return result
 
-    return measure
+    return measure, unmeasured
 
 
 def _refuse_bridged(
@@ -67,7 +73,7 @@ def _refuse_bridged(
     return call(*args, **kwargs)
 
 
-def nnx_step(apply_fn: Callable[..., Any], model: nnx.Module) -> Callable[[Any], Any]:
+def nnx_step(apply_fn: Callable[..., Any], model: nnx.Module) -> tuple[Callable[[Any], Any], dict[Path, str]]:
     """The same for an NNX module; its random state goes from batch to batch."""
     copy = nnx.clone(model)
     if any(type(module) is nnx.BatchNorm for _, module in nnx.iter_modules(copy)):
@@ -77,6 +83,12 @@ def nnx_step(apply_fn: Callable[..., Any], model: nnx.Module) -> Callable[[Any],
     for _, layer in nnx.iter_modules(copy):
         if isinstance(layer, BatchNorm) and layer.batch_moments is not None:
             layer.batch_moments.set_metadata(training_alone=True)
+    unmeasured: dict[Path, str] = {
+        cast(Path, path): type(module).__name__
+        for path, module in nnx.iter_modules(copy)
+        if not isinstance(module, BatchNorm)
+        and all(isinstance(getattr(module, name, None), nnx.BatchStat) for name in ("mean", "var"))
+    }
     graph, whole = nnx.split(copy)
     rngs, state = nnx.split_state(whole, nnx.RngState, ...)
 
@@ -92,7 +104,7 @@ def nnx_step(apply_fn: Callable[..., Any], model: nnx.Module) -> Callable[[Any],
             rngs, stats = step(rngs, state, batch)
         return [nnx.to_pure_dict(stats)]
 
-    return measure
+    return measure, unmeasured
 
 
 def _takes_mutable(apply_fn: Callable[..., Any]) -> bool:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from jbn._core.dtypes import promote_stats
-from jbn._core.errors import describe, error, names_errors, warn_user
+from jbn._core.errors import describe, error, join_names, names_errors, warn_user
 from jbn._core.moments import Moments, checked_merge
 from jbn._core.options import is_number
 from jbn._core.running import saturated
@@ -62,7 +62,8 @@ def recalibrate(
         `apply_fn(model, batch)`, which gets a copy of the model after `train()`, and in it the random state
         that the batch before left. It is compiled. For linen it returns (y, new variables), as `model.apply`
         does, for NNX anything. Batch norms of Flax are measured as those of jbn are, also in `nn.scan`,
-        `nn.vmap` and `nnx.bridge.ToNNX`; `nnx.bridge.to_linen` is refused. A model of pure functions returns
+        `nn.vmap` and `nnx.bridge.ToNNX`; `nnx.bridge.to_linen` is refused. Subclasses and copies of Flax's
+        layer are measured under `replace_batch_norm(classes=...)`. A model of pure functions returns
         `(y, {"batch_moments": moments})`, a tree of `jbn.Moments` at the paths of `batch_stats`, as
         `jbn.batch_norm(..., return_moments=True)` gives them; its `apply_fn` need not take `mutable`.
       variables: linen variables, such a tree for pure functions, or an NNX module; not changed.
@@ -84,7 +85,8 @@ def recalibrate(
         of the wrong kind; a call under `jit`.
 
     Warns:
-      UserWarning: layers that never ran, and layers with NaN or inf in their batches, all by name.
+      UserWarning: layers that never ran, layers of classes that are not measured, and layers with NaN or
+        inf in their batches, all by name.
 
     Example:
       >>> import jax.numpy as jnp, jbn, jbn.linen, jbn.tools
@@ -99,7 +101,7 @@ def recalibrate(
     """
     layers = batch_norms(variables)
     _check(apply_fn, layers, batches, max_batches, tolerance)
-    measure = (
+    measure, unmeasured = (
         nnx_step(apply_fn, variables)
         if isinstance(variables, nnx.Module)
         else linen_step(apply_fn, variables)
@@ -128,7 +130,15 @@ def recalibrate(
             "those of every batch norm that runs",
             "Pass all variables of the model, as init or training returned them.",
         )
-    if not any(np.any(batch.count) for batch in moments.values()):
+    any_rows = any(np.any(batch.count) for batch in moments.values())
+    if unmeasured and not any_rows:
+        raise error(
+            "apply_fn",
+            f"one with batch norms of {join_names(sorted({*unmeasured.values()}))}, which are not measured",
+            "batch norms of Flax or jbn, and no subclasses or copies of them",
+            _way_to_measure(variables, unmeasured),
+        )
+    if not any_rows:
         raise error(
             "apply_fn",
             "one in which no batch norm had rows in training mode",
@@ -138,7 +148,7 @@ def recalibrate(
             "jbn.batch_norm(..., return_moments=True), or runs the stream with momentum=None from "
             "jbn.init(features, count=True).",
         )
-    _warn(layers, moments)
+    _warn(variables, layers, moments, unmeasured)
     stats = {path: _replace_stats(layers[path], batch) for path, batch in moments.items()}
     new: Model = with_values(variables, batch_stats=stats)
     return new
@@ -165,10 +175,29 @@ def _check(apply_fn: Any, layers: Any, batches: Any, max_batches: Any, tolerance
         raise error("tolerance", repr(tolerance), "a number from 0 up", every)
 
 
-def _warn(layers: Iterable[Path], moments: Mapping[Path, Moments]) -> None:
+def _way_to_measure(variables: Variables, unmeasured: Mapping[Path, str]) -> str:
+    """How batch norms of other classes become ours."""
+    classes = f"classes=({', '.join(sorted({*unmeasured.values()}))},)"
+    if isinstance(variables, nnx.Module):
+        return f"Call jbn.nnx.replace_batch_norm(model, {classes}) before."
+    return f"Call it inside of a `with jbn.linen.replace_batch_norm({classes}):`."
+
+
+def _warn(
+    variables: Variables,
+    layers: Iterable[Path],
+    moments: Mapping[Path, Moments],
+    unmeasured: Mapping[Path, str],
+) -> None:
     """Of layers whose statistics are not what the caller wants."""
     ran = [path for path in layers if path in moments and np.any(moments[path].count)]
-    never = [path_name(path) for path in layers if path not in ran]
+    others = [path_name(path) for path in layers if path not in ran and path in unmeasured]
+    if others:
+        warn_user(
+            f"jbn.tools.recalibrate: the old statistics stay in {join_paths(others, len(others))}, whose "
+            f"classes are not measured. {_way_to_measure(variables, unmeasured)}"
+        )
+    never = [path_name(path) for path in layers if path not in ran and path not in unmeasured]
     if never:
         warn_user(
             f"jbn.tools.recalibrate: {join_paths(never, len(never))} never ran in training mode, so the old "

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jbn
 import jbn.linen
+import jbn.nnx
 import jbn.tools
 from tests.support.cases import assert_close, assert_trees_close
 from tests.support.recalibration import PARTS, TOLERANCE, X, linen
@@ -34,6 +36,33 @@ def test_a_layer_that_never_ran_is_named_and_kept():
         new = jbn.tools.recalibrate(train, variables, PARTS)
     assert_trees_close(new["batch_stats"]["idle"], variables["batch_stats"]["idle"], 0.0)
     assert_close(new["batch_stats"]["first"]["mean"], X.mean(0), TOLERANCE)
+
+
+class Mine(nn.BatchNorm):
+    pass
+
+
+class MineInNnx(nnx.BatchNorm):
+    pass
+
+
+def test_layers_of_classes_that_are_not_measured_are_named():
+    """Not as layers that never ran, and with what makes them layers that are measured."""
+    says = "jbn.tools.recalibrate: the old statistics stay in {}, whose classes are not measured. {}"
+    model = nn.Sequential([jbn.linen.BatchNorm(use_running_average=False), Mine(use_running_average=False)])
+    variables = model.init(jax.random.key(0), X)
+    way = "Call it inside of a `with jbn.linen.replace_batch_norm(classes=(Mine,)):`."
+    with pytest.warns(UserWarning, match=whole(says.format("layers_1", way))):
+        new = jbn.tools.recalibrate(model.apply, variables, PARTS)
+    assert_close(new["batch_stats"]["layers_0"]["mean"], X.mean(0), TOLERANCE)
+    with jbn.linen.replace_batch_norm(classes=(Mine,)):
+        new = jbn.tools.recalibrate(model.apply, variables, PARTS)
+    assert_close(new["batch_stats"]["layers_1"]["var"], np.ones(X.shape[1]), 1e-3)
+
+    module = nnx.Sequential(*(kind(X.shape[1], rngs=nnx.Rngs(0)) for kind in (jbn.nnx.BatchNorm, MineInNnx)))
+    way = "Call jbn.nnx.replace_batch_norm(model, classes=(MineInNnx,)) before."
+    with pytest.warns(UserWarning, match=whole(says.format("layers/1", way))):
+        jbn.tools.recalibrate(lambda module, x: module(x), module, PARTS)
 
 
 def test_layers_that_saw_no_row_are_named_and_kept():
