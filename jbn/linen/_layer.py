@@ -153,6 +153,7 @@ class BatchNorm(nn.Module):
         """
         name = "jbn.linen.BatchNorm" + (f" {'/'.join(self.path)!r}" if self.path else "")
         with named_errors(name):
+            check_static("frozen", self.frozen)
             check_static("update_batch_stats", update_batch_stats)
             flag = True if self.frozen else self._mode(use_running_average)
             x, axes = prepare_x(x, self.axis)

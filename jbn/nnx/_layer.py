@@ -207,6 +207,7 @@ class BatchNorm(nnx.Module):
         """
         name = f"jbn.nnx.BatchNorm of {self.num_features} features"
         with named_errors(name):
+            check_static("frozen", self.frozen)
             check_static("update_batch_stats", update_batch_stats)
             flag = True if self.frozen else self._mode(use_running_average)
             given = (("scale", self.scale), ("bias", self.bias))

@@ -119,6 +119,18 @@ TEXTS = {
         "jbn.linen.BatchNorm 'block/bn': update_batch_stats is bool[]. Expected True or False. Under "
         "jit make it static, jax.jit(..., static_argnames='update_batch_stats'), or close over it.",
     ),
+    "linen: frozen as text": (
+        lambda: jbn.linen.BatchNorm(True, frozen="False").init(jax.random.key(0), X),
+        "jbn.linen.BatchNorm: frozen is 'False'. Expected True or False. Under jit make it static, "
+        "jax.jit(..., static_argnames='frozen'), or close over it.",
+    ),
+    "linen: frozen, traced": (
+        lambda: jax.jit(lambda frozen: jbn.linen.BatchNorm(True, frozen=frozen).init(jax.random.key(0), X))(
+            True
+        ),
+        "jbn.linen.BatchNorm: frozen is bool[]. Expected True or False. Under jit make it static, "
+        "jax.jit(..., static_argnames='frozen'), or close over it.",
+    ),
     "linen: statistics of another size": (
         lambda: jbn.linen.BatchNorm(True, use_scale=False, use_bias=False).apply(
             {"batch_stats": jbn.init(4)[1]}, X
@@ -169,6 +181,16 @@ TEXTS = {
         lambda: nnx.jit(lambda layer, flag: layer(X, update_batch_stats=flag))(nnx_layer(), True),
         "jbn.nnx.BatchNorm of 3 features: update_batch_stats is bool[]. Expected True or False. Under"
         " jit make it static, jax.jit(..., static_argnames='update_batch_stats'), or close over it.",
+    ),
+    "nnx: frozen as a number": (
+        lambda: nnx_layer(frozen=1)(X),
+        "jbn.nnx.BatchNorm of 3 features: frozen is 1. Expected True or False. Under jit make it static, "
+        "jax.jit(..., static_argnames='frozen'), or close over it.",
+    ),
+    "nnx: frozen, traced": (
+        lambda: jax.jit(lambda frozen: jbn.nnx.replace_batch_norm(nnx_layer(), frozen=frozen)(X))(True),
+        "jbn.nnx.BatchNorm of 3 features: frozen is bool[]. Expected True or False. Under jit make it "
+        "static, jax.jit(..., static_argnames='frozen'), or close over it.",
     ),
     "nnx: x of another size": (
         lambda: nnx_layer()(X[:, :2]),
