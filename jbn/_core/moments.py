@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Num
 
 from jbn._core.arguments import axis_size, prepare_mask, prepare_x
 from jbn._core.devices import Reduction
+from jbn._core.dtypes import unwrapped
 from jbn._core.errors import describe, error, join_names, names_errors
 from jbn._core.options import prepare_axis_name
 from jbn._core.statistics import ShiftedMoments, measure, merge_shifted
@@ -131,6 +132,7 @@ def merge(*moments: Moments) -> Moments:
 
 def checked_merge(moments: Sequence[Moments]) -> Moments:
     """`merge`, whose errors have no name yet: for layers and tools."""
+    moments = unwrapped(moments)
     if not moments or any(
         not isinstance(m, Moments) or m.mean.shape != moments[0].mean.shape for m in moments
     ):

@@ -76,7 +76,7 @@ def checked_update(
     skip_nonfinite: bool,
 ) -> BatchStats:
     """`update`, whose errors have no name yet: for tools that are called otherwise."""
-    batch_stats, momentum = unwrapped(batch_stats), unwrapped(momentum)
+    batch_stats, moments, momentum = map(unwrapped, (batch_stats, moments, momentum))
     check_momentum(momentum)
     for name, choice in (("unbiased", unbiased), ("skip_nonfinite", skip_nonfinite)):
         check_static(name, choice)

@@ -121,6 +121,16 @@ def test_variables_of_nnx_as_entries(evaluating):
     chex.assert_trees_all_equal(jax.tree.map(jnp.asarray, frozen), flax.core.freeze(expected[1]))
 
 
+@pytest.mark.parametrize("compiled", [lambda run: run, jax.jit], ids=["as it is", "jit"])
+def test_variables_of_nnx_in_moments(compiled):
+    moments = jbn.moments(X)
+    boxed = jax.tree.map(nnx.BatchStat, moments)
+    merged = compiled(jbn.merge)(boxed, moments, boxed)
+    chex.assert_trees_all_equal(merged, compiled(jbn.merge)(moments, moments, moments))
+    new = compiled(jbn.update)(BATCH_STATS, boxed)
+    chex.assert_trees_all_equal(new, compiled(jbn.update)(BATCH_STATS, moments))
+
+
 SCALARS = {
     "mode": lambda value: {"evaluating": value > 0},
     "momentum": lambda value: {"momentum": value},
