@@ -86,17 +86,24 @@ def from_torch_state_dict(
         expected = "names of arrays such as 'fc.weight'"
         raise error("state_dict", f"one with {join_names(wrong)}", expected, fix)
     _check_prefix(prefix)
+    common = _common_prefix(state_dict, paths)
+    hint = f"Pass prefix={common!r}, with which every name begins." if common not in ("", prefix) else ""
+    if without := [key for key in state_dict if not key.startswith(prefix)]:
+        raise error(
+            "prefix",
+            f"{prefix!r}, missing in {len(without)} of {len(state_dict)} names: {join_names(without)}",
+            "what each name in the state_dict begins with",
+            hint or "Take out what you convert by hand, and leave prefix out where names have none.",
+        )
     modules: dict[str, dict[str, Any]] = {}
     left = []
     for key, value in state_dict.items():
         module, _, name = key.removeprefix(prefix).rpartition(".")
-        if module in paths and key.startswith(prefix):
+        if module in paths:
             modules.setdefault(module, {})[name] = value
         else:
             left.append(key)
-    common = _common_prefix(state_dict, paths)
-    fix = f"Pass prefix={common!r}, with which every name begins." if common not in ("", prefix) else _COVER
-    _check_covered("state_dict", left, [module for module in paths if module not in modules], fix)
+    _check_covered("state_dict", left, [module for module in paths if module not in modules], hint or _COVER)
     flat: dict[str, dict[Path, Any]] = {"params": {}, "batch_stats": {}}
     for module, path in paths.items():
         with named_errors(layer=f"module {module!r}"):

@@ -189,9 +189,18 @@ TEXTS = {
         "'conv1', 'bn1', 'conv2', 'bn2', and 2 more. Expected exactly what mapping names. Pass "
         "prefix='module.', with which every name begins.",
     ),
-    "PyTorch modules without the prefix": (
+    "a name without the prefix": (
         lambda: prefixed_into_flax("module.", step=VECTOR),
-        f"jbn.tools.from_torch_state_dict: state_dict is one with the unmapped step. {COVER}",
+        "jbn.tools.from_torch_state_dict: prefix is 'module.', missing in 1 of 16 names: step. Expected what "
+        "each name in the state_dict begins with. Take out what you convert by hand, and leave prefix out "
+        "where names have none.",
+    ),
+    "another prefix": (
+        lambda: prefixed_into_flax("model."),
+        "jbn.tools.from_torch_state_dict: prefix is 'model.', missing in 15 of 15 names: "
+        "module.conv1.weight, module.bn1.weight, module.bn1.bias, module.bn1.running_mean, and 11 more. "
+        "Expected what each name in the state_dict begins with. Pass prefix='module.', with which every name "
+        "begins.",
     ),
     "a prefix that is no text": (
         lambda: prefixed_into_flax(("module",)),
