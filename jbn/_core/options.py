@@ -91,9 +91,11 @@ def check_options(
     if options.activation is not None and (
         options.activation != "relu" or jnp.issubdtype(dtype, jnp.complexfloating)
     ):
+        given: Any = options.activation
+        named = f"the function {getattr(given, '__name__', type(given).__name__)}"
         raise error(
             "activation",
-            f"{options.activation if isinstance(options.activation, str) else 'no text'} for y of {dtype}",
+            f"{named if callable(given) else describe(given)} for y of {dtype}",
             "None, or 'relu' for a real y",
             "Apply any other function to y.",
         )
@@ -192,7 +194,7 @@ def check_renorm(renorm: Any, x: X) -> None:
             "renorm",
             f"given for x = {describe(x)}",
             "real x",
-            "How to clip a complex d, no paper says.",
+            "No paper says how to clip a complex d.",
         )
 
 

@@ -176,9 +176,10 @@ def batch_norms_in(flat: Mapping[str, Any]) -> dict[Path, Layer]:
     stats, params = (flat.get(name, {}) for name in ("batch_stats", "params"))
     layers = {path: Layer({}, {}) for path in with_statistics(stats)}
     if not layers:
+        full = [name for name, tree in flat.items() if tree]
         raise error(
             "variables",
-            f"a model with the collections {join_names(flat) or 'none'}",
+            f"a model with the collections {join_names(full)}" if full else "a model without arrays",
             "one with a batch norm: a mean and a var in batch_stats",
             _ALL,
         )

@@ -157,22 +157,22 @@ TEXTS = {
     ),
     "renorm of complex numbers": (
         lambda: call(x=Z, batch_stats=COMPLEX, renorm=jbn.Renorm(3.0, 5.0)),
-        "jbn.batch_norm: renorm is given for x = complex64[8,4,3]. Expected real x. How to clip a "
-        "complex d, no paper says.",
+        "jbn.batch_norm: renorm is given for x = complex64[8,4,3]. Expected real x. No paper says "
+        "how to clip a complex d.",
     ),
     "another activation": (
         lambda: call(activation="gelu"),
-        "jbn.batch_norm: activation is gelu for y of float32. Expected None, or 'relu' for a real y. "
+        "jbn.batch_norm: activation is 'gelu' for y of float32. Expected None, or 'relu' for a real y. "
         "Apply any other function to y.",
     ),
     "an activation that is a function": (
         lambda: call(activation=jax.nn.relu),
-        "jbn.batch_norm: activation is no text for y of float32. Expected None, or 'relu' for a real "
-        "y. Apply any other function to y.",
+        "jbn.batch_norm: activation is the function relu for y of float32. Expected None, or 'relu' "
+        "for a real y. Apply any other function to y.",
     ),
     "relu of complex numbers": (
         lambda: call(x=Z, batch_stats=COMPLEX, activation="relu"),
-        "jbn.batch_norm: activation is relu for y of complex64. Expected None, or 'relu' for a real "
+        "jbn.batch_norm: activation is 'relu' for y of complex64. Expected None, or 'relu' for a real "
         "y. Apply any other function to y.",
     ),
     "a residual of another shape": (
@@ -233,8 +233,13 @@ TEXTS = {
     ),
     "debias a model that does not count": (
         lambda: jbn.tools.debias({"batch_stats": STATS}),
-        "jbn.tools.debias: momentum is for none. Expected those of batch norms with a count: there "
-        "are none. Layers with debias=True keep a count.",
+        "jbn.tools.debias: variables is a model whose batch norms have no count. Expected one that counts "
+        "its updates. Layers with debias=True keep a count.",
+    ),
+    "debias no layer": (
+        lambda: jbn.tools.debias({"batch_stats": {"bn": COUNTED}}, momentum={}),
+        "jbn.tools.debias: momentum is given for no layer. Expected those of batch norms with a count: bn. "
+        "Layers with debias=True keep a count.",
     ),
     "debias by a variable of NNX": (
         lambda: jbn.tools.debias({"batch_stats": COUNTED}, momentum=nnx.Variable(jnp.float32(0.9))),

@@ -35,7 +35,7 @@ TEXTS = {
     ),
     "no batch norm": (
         lambda: report({"params": {}}),
-        "jbn.tools.report: variables is a model with the collections params. Expected one with a batch norm: "
+        "jbn.tools.report: variables is a model without arrays. Expected one with a batch norm: "
         "a mean and a var in batch_stats. Pass all variables of the model, {'params': params, 'batch_stats': "
         "batch_stats}.",
     ),

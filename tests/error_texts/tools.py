@@ -95,7 +95,11 @@ TEXTS = {
     ),
     "no batch norm": (
         lambda: jbn.tools.recalibrate(None, {"params": {}}, [X]),
-        f"jbn.tools.recalibrate: variables is a model with the collections params. {NO_NORM}",
+        f"jbn.tools.recalibrate: variables is a model without arrays. {NO_NORM}",
+    ),
+    "a module without batch norm": (
+        lambda: jbn.tools.freeze(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
+        f"jbn.tools.freeze: variables is a model with the collections params. {NO_NORM}",
     ),
     "statistics that are no collection": (
         lambda: recalibrate(variables={"batch_stats": X}),

@@ -60,10 +60,12 @@ def debias(
         momenta = _momentum_of_layers(variables)
     else:
         momenta = dict.fromkeys(counted, momentum)
+    if not counted:
+        got, expected = "a model whose batch norms have no count", "one that counts its updates"
+        raise error("variables", got, expected, "Layers with debias=True keep a count.")
     if not momenta or (unknown := [path for path in momenta if path not in counted]):
-        got = f"one for {join_paths(unknown)}" if momenta else "for none"
-        known = join_paths(sorted(counted)) if counted else "there are none"
-        expected = f"those of batch norms with a count: {known}"
+        got = f"one for {join_paths(unknown)}" if momenta else "given for no layer"
+        expected = f"those of batch norms with a count: {join_paths(sorted(counted))}"
         raise error("momentum", got, expected, "Layers with debias=True keep a count.")
     for value in momenta.values():
         _check(value)

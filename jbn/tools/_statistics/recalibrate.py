@@ -210,8 +210,9 @@ def _warn(
     ]
     if broken:
         warn_user(
-            f"jbn.tools.recalibrate: the batches gave NaN or inf in {join_paths(broken, len(broken))}. Look "
-            "for NaN in the data, and for layers before these that give it."
+            "jbn.tools.recalibrate: the moments of the batches hold NaN or inf in "
+            f"{join_paths(broken, len(broken))}. Look for NaN in the data, and for layers before these that "
+            "give it."
         )
 
 

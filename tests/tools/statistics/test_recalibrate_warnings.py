@@ -101,8 +101,8 @@ def test_layers_in_evaluation_mode_are_named_and_kept():
 def test_batches_that_are_not_finite_are_told():
     variables, train = linen()
     text = (
-        "jbn.tools.recalibrate: the batches gave NaN or inf in first, second. Look for NaN in the data, and "
-        "for layers before these that give it."
+        "jbn.tools.recalibrate: the moments of the batches hold NaN or inf in first, second. Look for NaN in "
+        "the data, and for layers before these that give it."
     )
     with pytest.warns(UserWarning, match=whole(text)):
         jbn.tools.recalibrate(train, variables, [X[:8], X[8:] * np.float32(np.inf)])
