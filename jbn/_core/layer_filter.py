@@ -55,7 +55,7 @@ def _takes_the_same(kind: type, ours: type) -> bool:
     named = [each for each in theirs if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
     by_place = [each.name for each in named if each.kind is not each.KEYWORD_ONLY]
     return by_place[1:] in ([], ["use_running_average"]) and all(
-        each.name in known and each.default in (each.empty, known[each.name].default)
+        each.name in known and (each.default is each.empty or each.default is known[each.name].default)
         for each in named
         if each.name not in by_place[:1]
     )

@@ -24,6 +24,9 @@ _SETTINGS = {
     for name, parameter in inspect.signature(BatchNorm.__init__).parameters.items()
     if name not in _OF_VARIABLES
 }
+_USUAL = (nnx.BatchNorm, BatchNorm)
+_COMPUTING = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate, nnx.Perturbation))
+"""Variables that a layer may compute y with; the others are what tools put into any module."""
 _VARIABLES = ("mean", "var", "scale", "bias")
 _COUNTERS = ("count", "rows", "batch_moments")
 
@@ -99,7 +102,7 @@ def replace_batch_norm(
             "Check the spelling.",
         )
     check_where(where, classes, nnx.Module, BatchNorm)
-    kinds = (nnx.BatchNorm, BatchNorm, *classes)
+    kinds = (*_USUAL, *classes)
     modules = [
         module
         for path, module in nnx.iter_modules(model)
@@ -153,7 +156,7 @@ def _check_variables(module: nnx.Module) -> None:
         if not isinstance(value, nnx.Variable) and (value is not None or name in ("mean", "var"))
     ]
     known = {*_VARIABLES, *(_COUNTERS if isinstance(module, BatchNorm) else ()), *_SETTINGS}
-    paths = nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.RngState))).paths
+    paths = () if type(module) in _USUAL else nnx.to_flat_state(nnx.state(module, _COMPUTING)).paths
     other = ["/".join(map(str, path)) for path in paths if path[0] not in known]
     if wrong or other:
         found = [f"has no variable {', '.join(wrong)}"] if wrong else []
@@ -172,7 +175,11 @@ def _unknown_settings(modules: Iterable[nnx.Module]) -> dict[str, set[str]]:
     known = {*_SETTINGS, *_OF_VARIABLES, *_VARIABLES, *_COUNTERS}
     unknown = {}
     for module in modules:
-        names = settings_of(type(module), nnx.Module) | {n for n in vars(module) if not n.startswith("_")}
-        if left := names - known:
+        names = settings_of(type(module), nnx.Module) | {
+            name
+            for name, value in vars(module).items()
+            if not (name.startswith("_") or isinstance(value, nnx.Variable))
+        }
+        if type(module) not in _USUAL and (left := names - known):
             unknown[type(module).__name__] = left
     return unknown

@@ -352,6 +352,15 @@ def test_settings_of_other_names_are_warned_of_once():
     assert (model[0].momentum, model[0].axis, model[0].frozen) == (0.5, 1, True)
 
 
+def test_what_was_put_into_a_layer_beside_is_no_matter():
+    """An intermediate in a model's own copy, and anything in Flax's layer, which computes nothing with it."""
+    theirs, flaxs = NnxTheirs(3), nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    theirs.seen = nnx.Intermediate(X)
+    flaxs.note, flaxs.seen = "mine", nnx.Variable(X)
+    model = jbn.nnx.replace_batch_norm(nnx.List([theirs, flaxs]), classes=(NnxTheirs,))
+    assert type(model[0]) is type(model[1]) is jbn.nnx.BatchNorm
+
+
 def test_a_subclass_of_our_layer_keeps_its_counts():
     class Mine(jbn.nnx.BatchNorm):
         pass
