@@ -156,8 +156,8 @@ def _check_variables(module: nnx.Module) -> None:
         if not isinstance(value, nnx.Variable) and (value is not None or name in ("mean", "var"))
     ]
     known = {*_VARIABLES, *(_COUNTERS if isinstance(module, BatchNorm) else ()), *_SETTINGS}
-    paths = () if type(module) in _USUAL else nnx.to_flat_state(nnx.state(module, _COMPUTING)).paths
-    other = ["/".join(map(str, path)) for path in paths if path[0] not in known]
+    entries = () if type(module) in _USUAL else nnx.to_flat_state(nnx.state(module, _COMPUTING))
+    other = ["/".join(map(str, path)) for path, _ in entries if path[0] not in known]
     if wrong or other:
         found = [f"has no variable {', '.join(wrong)}"] if wrong else []
         found += [f"has the variables {join_names(other)}"] if other else []
