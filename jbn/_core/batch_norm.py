@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jbn._core.arguments import Stats, check_param_dtype, prepare_flag, prepare_x
-from jbn._core.errors import error, names_errors
+from jbn._core.errors import error, public
 from jbn._core.forward import apply
 from jbn._core.moments import Moments
 from jbn._core.options import Options, check_static
@@ -16,7 +16,7 @@ from jbn._core.renorm import Renorm
 from jbn._core.types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, Params, X
 
 
-@names_errors
+@public
 def init(
     features: int | Sequence[int],
     *,
@@ -122,7 +122,7 @@ def batch_norm(
 ) -> tuple[Array, Stats, Moments]: ...
 
 
-@names_errors
+@public
 def batch_norm(
     params: Params | None,
     batch_stats: Stats,

@@ -86,7 +86,7 @@ def named_errors(function: str = "", *, layer: str = "") -> Iterator[None]:
         raise
 
 
-def names_errors(function: Callable[P, T]) -> Callable[P, T]:
+def public(function: Callable[P, T]) -> Callable[P, T]:
     """A public function, or method, whose errors have its public name: that of its package and its own."""
     package = itertools.takewhile(lambda part: not part.startswith("_"), function.__module__.split("."))
     name = ".".join([*package, function.__qualname__])

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Num
 from jbn._core.arguments import axis_size, prepare_mask, prepare_x
 from jbn._core.devices import Reduction
 from jbn._core.dtypes import unwrapped
-from jbn._core.errors import describe, error, join_names, names_errors
+from jbn._core.errors import describe, error, join_names, public
 from jbn._core.options import prepare_axis_name
 from jbn._core.statistics import ShiftedMoments, measure, merge_shifted
 from jbn._core.types import Axes, AxisIndexGroups, AxisName, X
@@ -52,7 +52,7 @@ def to_moments(measured: ShiftedMoments, axes: tuple[int, ...]) -> Moments:
     return Moments(weight, shift + delta, var)
 
 
-@names_errors
+@public
 def moments(
     x: X,
     *,
@@ -101,7 +101,7 @@ def moments(
     return found
 
 
-@names_errors
+@public
 def merge(*moments: Moments) -> Moments:
     """The moments of all rows together, as if they had come in one batch.
 

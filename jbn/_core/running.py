@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jbn._core.arguments import check_batch_stats, check_counters
 from jbn._core.dtypes import compute_dtype, reduction_dtype, unwrapped
-from jbn._core.errors import describe, error, names_errors
+from jbn._core.errors import describe, error, public
 from jbn._core.moments import Moments, how_to_have_moments, merge_all
 from jbn._core.options import check_momentum, check_static
 from jbn._core.sharding import sharded_like
@@ -23,7 +23,7 @@ SATURATED_COUNT = 2**30
 """From so many updates on, a count says that there were many: i32 has room for as many more."""
 
 
-@names_errors
+@public
 def update(
     batch_stats: BatchStats,
     moments: Moments,

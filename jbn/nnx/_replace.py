@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from jbn._core.errors import error, join_names, names_errors, warn_user
+from jbn._core.errors import error, join_names, public, warn_user
 from jbn._core.layer_filter import Where, check_where, matches, settings_of, warn_of_settings
 from jbn._core.moments import Moments
 from jbn._core.options import counters
@@ -16,13 +16,13 @@ from jbn.nnx._layer import BatchMoments, BatchNorm, as_attribute
 Model = TypeVar("Model", bound=nnx.Module)
 
 # Arguments of the layer that are about its variables, which a replaced layer has already.
-_OF_VARIABLES = {"self", "num_features", "rngs", "param_dtype", "use_bias", "use_scale"} | {
+_VARIABLE_ARGUMENTS = {"self", "num_features", "rngs", "param_dtype", "use_bias", "use_scale"} | {
     f"{name}_{kind}" for name in ("bias", "scale", "mean", "var") for kind in ("init", "metadata")
 }
 _SETTINGS = {
     name: parameter.default
     for name, parameter in inspect.signature(BatchNorm.__init__).parameters.items()
-    if name not in _OF_VARIABLES
+    if name not in _VARIABLE_ARGUMENTS
 }
 _USUAL = (nnx.BatchNorm, BatchNorm)
 _COMPUTING = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate, nnx.Perturbation))
@@ -31,7 +31,6 @@ _VARIABLES = ("mean", "var", "scale", "bias")
 _COUNTERS = ("count", "rows", "batch_moments")
 
 
-@names_errors
 def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
     """Gives every batch norm of a model a variable for the moments of its batches, with no rows in it yet.
 
@@ -54,7 +53,7 @@ def keep_batch_moments(model: nnx.Module, keep: bool = True) -> None:
             layer.batch_moments = nnx.data(BatchMoments(Moments(zero, mean, zero)) if keep else None)
 
 
-@names_errors
+@public
 def replace_batch_norm(
     model: Model, where: Where = None, *, classes: tuple[type[nnx.Module], ...] = (), **overrides: Any
 ) -> Model:
@@ -124,17 +123,18 @@ def replace_batch_norm(
             "Make the model with jbn.nnx.BatchNorm and this option, and load its variables.",
         )
     for module in modules:
-        _check_variables(module)
+        if type(module) not in _USUAL:
+            _check_variables(module)
     warn_of_settings("jbn.nnx.replace_batch_norm", _unknown_settings(modules))
     for module in modules:
         if type(module) is not BatchNorm:
-            _become_ours(module)
+            become_ours(module)
         for name, value in overrides.items():
             setattr(module, name, as_attribute(value))
     return model
 
 
-def _become_ours(layer: Any) -> None:
+def become_ours(layer: Any) -> None:
     """The class alone is changed: wherever the layer is held, and by however many, it stays one object."""
     # Also values in the body of the class, which is theirs no longer afterwards.
     settings = {name: getattr(layer, name, default) for name, default in _SETTINGS.items()}
@@ -156,7 +156,7 @@ def _check_variables(module: nnx.Module) -> None:
         if not isinstance(value, nnx.Variable) and (value is not None or name in ("mean", "var"))
     ]
     known = {*_VARIABLES, *(_COUNTERS if isinstance(module, BatchNorm) else ()), *_SETTINGS}
-    entries = () if type(module) in _USUAL else nnx.to_flat_state(nnx.state(module, _COMPUTING))
+    entries = nnx.to_flat_state(nnx.state(module, _COMPUTING))
     other = ["/".join(map(str, path)) for path, _ in entries if path[0] not in known]
     if wrong or other:
         found = [f"has no variable {', '.join(wrong)}"] if wrong else []
@@ -172,7 +172,7 @@ def _check_variables(module: nnx.Module) -> None:
 
 def _unknown_settings(modules: Iterable[nnx.Module]) -> dict[str, set[str]]:
     """Of each class, the attributes that have no name of ours and are no variables."""
-    known = {*_SETTINGS, *_OF_VARIABLES, *_VARIABLES, *_COUNTERS}
+    known = {*_SETTINGS, *_VARIABLE_ARGUMENTS, *_VARIABLES, *_COUNTERS}
     unknown = {}
     for module in modules:
         names = settings_of(type(module), nnx.Module) | {

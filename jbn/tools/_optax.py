@@ -5,11 +5,11 @@ from typing import Any
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jbn._core.errors import names_errors
+from jbn._core.errors import public
 from jbn.tools._models import Variables, as_dicts, batch_norms, unflatten_like
 
 
-@names_errors
+@public
 def weight_decay_mask(variables: Variables) -> Any:
     """False for scale and bias of batch norms, True for all other parameters: the mask of `optax.adamw`.
 
@@ -35,7 +35,7 @@ def weight_decay_mask(variables: Variables) -> Any:
     return _label(variables, False, True)
 
 
-@names_errors
+@public
 def freeze(variables: Variables) -> Any:
     """The label "frozen" for scale and bias of batch norms, "trainable" for all others.
 

@@ -49,6 +49,10 @@ def out_of_range_of_float16(var):
     return fold_variables(variables, [("a", "b")], epsilon=0.0)
 
 
+def with_stats(**stats):
+    return {"params": {"a": ONE}, "batch_stats": {"b": ONE_STATS | stats}}
+
+
 TEXTS = {
     "a quantized kernel": (
         lambda: fold(np.ones((3, 4), np.int8), None, PARAMS, STATS),
@@ -205,4 +209,9 @@ TEXTS = {
         )
         for got, end in (("int32[4]", lambda y: y.argmax(-1)), ("nothing", lambda y: ()))
     },
+    "a count of floats, by pairs": (
+        lambda: fold_variables(with_stats(count=np.float32(1)), [("a", "b")]),
+        "jbn.tools.fold_variables 'a -> b': batch_stats['count'] is float32[]. Expected an integer dtype. "
+        "Averages are kept in float32, the number of updates in int32.",
+    ),
 }

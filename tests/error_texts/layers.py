@@ -79,6 +79,23 @@ def apply(x=X, drop=(), mutable=(), layer=None, **options):
     return net.apply(variables, x, mutable=list(mutable), **options)
 
 
+STALE = jbn.moments(np.ones((4, 2), np.float32))
+
+
+def with_stale_moments():
+    layer = jbn.linen.BatchNorm(use_running_average=False)
+    x = np.ones((4, 3), np.float32)
+    variables = layer.init(jax.random.key(0), x) | {"batch_moments": {"moments": STALE}}
+    layer.apply(variables, x, mutable=["batch_stats", "batch_moments"])
+
+
+def with_stale_moments_in_nnx():
+    layer = jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    jbn.nnx.keep_batch_moments(layer)
+    layer.batch_moments.set_value(STALE)
+    layer(np.ones((4, 3), np.float32))
+
+
 TEXTS = {
     "linen: immutable statistics": (
         lambda: apply(use_running_average=False),
@@ -285,5 +302,15 @@ TEXTS = {
         "jbn.nnx.replace_batch_norm: classes is one with OtherNames, which has no variable var, scale "
         "and has the variables gamma. Expected classes with the variables mean, var, scale and bias, the "
         "last two None where a layer has none, and no others. Give them these names in the class.",
+    ),
+    "linen: moments of another shape": (
+        with_stale_moments,
+        "jbn.linen.BatchNorm: moments is (float32[2], float32[3]). Expected one or more jbn.Moments of one "
+        "shape. Merge the moments of one layer, as from jbn.moments(x).",
+    ),
+    "nnx: moments of another shape": (
+        with_stale_moments_in_nnx,
+        "jbn.nnx.BatchNorm of 3 features: moments is (float32[2], float32[3]). Expected one or more "
+        "jbn.Moments of one shape. Merge the moments of one layer, as from jbn.moments(x).",
     ),
 }

@@ -87,6 +87,10 @@ def zeros(*shape, dtype=np.float32):
     return np.zeros(shape, dtype)
 
 
+def pure(variables, x):
+    return x, {"batch_moments": {"bn": jbn.moments(x)}}
+
+
 TEXTS = {
     "no batches": (
         lambda: jbn.tools.recalibrate(linen()[1], linen()[0], []),
@@ -341,5 +345,12 @@ TEXTS = {
         lambda: jbn.tools.ema({"a": zeros(2)}, {"a": zeros(2)}, jnp.ones(2)),
         "jbn.tools.ema: decay is float32[2]. Expected a number from 0 to 1, or a scalar array. It weighs the "
         "old average: 0.999 is usual.",
+    ),
+    "moments of two shapes from one layer": (
+        lambda: jbn.tools.recalibrate(
+            pure, STATS, [np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)]
+        ),
+        "jbn.tools.recalibrate 'bn': moments is (float32[3], float32[2]). Expected one or more "
+        "jbn.Moments of one shape. Merge the moments of one layer, as from jbn.moments(x).",
     ),
 }

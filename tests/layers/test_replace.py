@@ -456,3 +456,10 @@ def test_classes_of_flax_are_called_as_ours(kind):
     else:
         model = jbn.nnx.replace_batch_norm(Passes(3, rngs=nnx.Rngs(0)), classes=(Passes, kind))
         assert type(model) is jbn.nnx.BatchNorm
+
+
+def test_what_a_layer_of_flax_holds_is_its_own_matter():
+    """A plain array as scale: the layer is Flax's, no class of the caller's, and is replaced as it is."""
+    layer = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    layer.scale = nnx.data(jnp.ones(3))
+    assert type(jbn.nnx.replace_batch_norm(layer)) is jbn.nnx.BatchNorm

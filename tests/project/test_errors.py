@@ -125,6 +125,34 @@ def test_whole_arrays_and_lists_of_names_are_cut(name):
     assert len(str(caught.value)) <= 600
 
 
+def test_no_public_function_is_called_inside():
+    """It would name errors before that function does which the user called."""
+    files = {
+        file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PACKAGE.rglob("[a-z_]*.py"))
+    }
+    naming = {
+        (".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts), node.name)
+        for file, tree in files.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and "public" in map(ast.unparse, node.decorator_list)
+    }
+    assert len(naming) > 25
+    doors = {name for _, name in naming}
+    inside = []
+    for file, tree in files.items():
+        module = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and file.name != "__init__.py"
+                and node.module.startswith("jbn")
+            ):
+                inside += [f"{module}: {each.name}" for each in node.names if each.name in doors]
+            if isinstance(node, ast.Call) and (module, ast.unparse(node.func)) in naming:
+                inside.append(f"{module}: {ast.unparse(node.func)}")
+    assert not inside
+
+
 def test_an_unbound_axis_is_a_name_error_as_in_jax():
     with pytest.raises(NameError):
         core.call(axis_name="data")

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jbn._core.errors import describe, error, names_errors
+from jbn._core.errors import describe, error, public
 from jbn._core.types import BatchStats, Params
 from jbn.tools._convert.arrays import debias_factor, label_of, read, to_jax, to_numpy, write
 from jbn.tools._convert.libraries import EQUINOX, check_names
 
 
-@names_errors
+@public
 def from_equinox(state: Mapping[str, Any], *, momentum: float) -> tuple[dict[str, Array], dict[str, Array]]:
     """params and batch_stats of an Equinox BatchNorm and its State.
 
@@ -73,7 +73,7 @@ def from_equinox(state: Mapping[str, Any], *, momentum: float) -> tuple[dict[str
     return params, batch_stats
 
 
-@names_errors
+@public
 def to_equinox(params: Params | None, batch_stats: BatchStats, *, momentum: float) -> dict[str, Array | None]:
     """The arrays of an Equinox BatchNorm and its State: the inverse of `from_equinox`.
 

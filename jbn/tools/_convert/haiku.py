@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jbn._core.errors import error, names_errors
+from jbn._core.errors import error, public
 from jbn._core.types import BatchStats, Params
 from jbn.tools._convert.arrays import debias_factor, label_of, read, to_jax, to_numpy, write
 from jbn.tools._convert.libraries import HAIKU, check_names
 
 
-@names_errors
+@public
 def from_haiku(
     params: Mapping[str, Any], mean_ema: Mapping[str, Any], var_ema: Mapping[str, Any]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -66,7 +66,7 @@ def from_haiku(
     return read(HAIKU, given)
 
 
-@names_errors
+@public
 def to_haiku(
     params: Params | None, batch_stats: BatchStats, *, decay_rate: float, ndim: int, axis: int = -1
 ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:

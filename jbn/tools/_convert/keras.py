@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from jbn._core.errors import names_errors
+from jbn._core.errors import public
 from jbn._core.types import BatchStats, Params
 from jbn.tools._convert.arrays import read, write
 from jbn.tools._convert.libraries import KERAS
 
 
-@names_errors
+@public
 def from_keras(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
     """params and batch_stats of a Keras BatchNormalization.
 
@@ -47,7 +47,7 @@ def from_keras(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Ar
     return read(KERAS, state)
 
 
-@names_errors
+@public
 def to_keras(params: Params | None, batch_stats: BatchStats) -> dict[str, np.ndarray]:
     """The variables of a Keras BatchNormalization by name: the inverse of `from_keras`, bit for bit.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jbn._core.errors import describe, error, names_errors
+from jbn._core.errors import describe, error, public
 from jbn._core.options import is_number
 from jbn._core.renorm import Renorm
 from jbn.tools._convert.libraries import LIBRARIES, Library, check_names, check_together
@@ -21,7 +21,7 @@ _AXES = {"channels_last": -1, "channels_first": 1}
 _FORMATS = {"channels_first|NC[^C]*": 1, "channels_last|N[^C]*C|(BT|TB)[^D]*D": -1}  # all that Haiku knows
 
 
-@names_errors
+@public
 def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
     """The settings of another library's layer, as keyword arguments of `jbn.linen` and `jbn.nnx.BatchNorm`.
 
@@ -74,7 +74,7 @@ def settings_from(library: str, /, **theirs: Any) -> dict[str, Any]:
     return ours | {"momentum": _momentum(library, ours["momentum"])} | renorm
 
 
-@names_errors
+@public
 def settings_to(library: str, /, **ours: Any) -> dict[str, Any]:
     """The inverse of `settings_from`: keyword arguments for another library's layer.
 

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from jbn._core.errors import error, join_names, names_errors
+from jbn._core.errors import error, join_names, public
 from jbn._core.types import BatchStats, Params
 from jbn.tools._convert.arrays import read, write
 from jbn.tools._convert.libraries import TORCH
 
 
-@names_errors
+@public
 def from_torch(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
     """params and batch_stats of a PyTorch BatchNorm1d, 2d, 3d or SyncBatchNorm.
 
@@ -55,7 +55,7 @@ def from_torch(state: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Ar
     return read(TORCH, state)
 
 
-@names_errors
+@public
 def to_torch(params: Params | None, batch_stats: BatchStats) -> dict[str, np.ndarray]:
     """The state_dict of a PyTorch batch norm: the inverse of `from_torch`, bit for bit.
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jbn._core.errors import describe, error, join_names, named_errors, names_errors
+from jbn._core.errors import describe, error, join_names, named_errors, public
 from jbn.tools._convert.arrays import read, to_jax, to_numpy
 from jbn.tools._convert.libraries import TORCH, brief
 from jbn.tools._convert.torch import torch_arrays
@@ -24,7 +24,7 @@ _COVER = "Map each module that has arrays, and no other; take out what you conve
 _OTHERS = "Convert other kinds by hand, and leave them out of both sides."
 
 
-@names_errors
+@public
 def from_torch_state_dict(
     state_dict: Mapping[str, Any], mapping: ModuleMapping, *, prefix: str = ""
 ) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def from_torch_state_dict(
     return {collection: unflatten_dict(leaves) for collection, leaves in flat.items() if leaves}
 
 
-@names_errors
+@public
 def torch_state_dict(
     variables: Variables, mapping: ModuleMapping, *, prefix: str = ""
 ) -> dict[str, np.ndarray]:

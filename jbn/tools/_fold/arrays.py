@@ -17,7 +17,7 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 from jbn._core.arguments import check_entries
 from jbn._core.dtypes import as_numeric, compute_dtype, reduction_dtype
-from jbn._core.errors import describe, error, names_errors
+from jbn._core.errors import describe, error, public
 from jbn._core.options import check_epsilon
 from jbn._core.sharding import sharded_like
 from jbn._core.statistics import inverse_std
@@ -25,7 +25,7 @@ from jbn._core.types import Axes, BatchStats, Dtype, Params
 from jbn.tools._models import Layer
 
 
-@names_errors
+@public
 def fold(
     kernel: Array,
     bias: Array | None,

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from jbn._core.errors import describe, error, names_errors
+from jbn._core.errors import describe, error, public
 from jbn._core.options import check_epsilon
 from jbn._core.types import Axes
 from jbn.tools._fold.pairs import Pair, find_pairs, kernel_axes, open_model, resolve_pairs, trace_calls
@@ -16,7 +16,7 @@ from jbn.tools._models import Variables, as_dicts
 Model = TypeVar("Model", bound=Variables)
 
 
-@names_errors
+@public
 def fold_variables(
     variables: Model,
     pairs: Sequence[tuple[Any, Any]] | None = None,

@@ -207,9 +207,9 @@ def _run_pair(layer: Mapping[str, Array], norm: Layer, epsilon: float, axis: Axe
     kernel = layer["kernel"].astype(compute_dtype(layer["kernel"].dtype))
     features = normalize_axis_tuple(axis, kernel.ndim)
     others = tuple(a for a in range(kernel.ndim) if a not in features)
-    patches = jnp.asarray(
-        random_like(jax.ShapeDtypeStruct((16, *(kernel.shape[a] for a in others)), kernel.dtype))
-    )
+    # Real ones, also for a complex kernel: folding may make a real kernel complex.
+    shape = (16, *(kernel.shape[a] for a in others))
+    patches = random_like(jax.ShapeDtypeStruct(shape, reduction_dtype(kernel.dtype))).astype(kernel.dtype)
     y = jnp.tensordot(patches, kernel, axes=(tuple(range(1, patches.ndim)), others))
     if "bias" in layer:
         y = add(y, layer["bias"][None])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jbn._core.errors import error, names_errors
+from jbn._core.errors import error, public
 from jbn.tools._models import Variables
 from jbn.tools._report.channels import Channels, LayerReport
 from jbn.tools._report.report import MomentsOf, make_report
@@ -60,7 +60,7 @@ _RANGES = (
 )
 
 
-@names_errors
+@public
 def plot(
     model: Report | Variables,
     moments: MomentsOf | None = None,

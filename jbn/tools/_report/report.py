@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jbn._core.errors import names_errors
+from jbn._core.errors import public
 from jbn._core.moments import Moments
 from jbn._core.options import check_epsilon
 from jbn.nnx import BatchMoments
@@ -19,7 +19,7 @@ from jbn.tools._report.table import Report
 MomentsOf: TypeAlias = Mapping[str, Moments] | Mapping[Path, Moments] | Variables
 
 
-@names_errors
+@public
 def report(variables: Variables, moments: MomentsOf | None = None, *, epsilon: float = 1e-5) -> Report:
     """A table of every batch norm of a model; with moments of a batch, why evaluation differs from training.
 

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from jbn._core.errors import error, names_errors
+from jbn._core.errors import error, public
 from jbn._core.running import SATURATED_COUNT
 from jbn.tools._models import join_paths
 from jbn.tools._report.channels import FAR, Channels, LayerReport
@@ -70,7 +70,7 @@ class Report:
         }
         return tuple(note for note, wrong in told.items() if wrong)
 
-    @names_errors
+    @public
     def to_csv(self, file: str | os.PathLike[str] | TextIO | None = None) -> str:
         """The rows as CSV, one column per attribute of `LayerReport`; None is an empty field.
 
@@ -98,7 +98,7 @@ class Report:
             file.write(text.getvalue())
         return text.getvalue()
 
-    @names_errors
+    @public
     def to_dict(self, prefix: str = "") -> dict[str, float]:
         """The numbers of all rows, each under a name of its own, for loggers such as W&B and TensorBoard.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn._core.dtypes import promote_stats, unwrapped
-from jbn._core.errors import names_errors
+from jbn._core.errors import public
 from jbn._core.options import check_momentum
 from jbn._core.running import checked_update
 from jbn.tools._models import (
@@ -22,7 +22,7 @@ from jbn.tools._models import (
 Model = TypeVar("Model", bound=Variables)
 
 
-@names_errors
+@public
 def apply_moments(
     variables: Model,
     moments: Any = None,

@@ -12,7 +12,7 @@ from jax.tree_util import DictKey
 from jaxtyping import Array
 
 from jbn._core.dtypes import compute_dtype, reduction_dtype, unwrapped
-from jbn._core.errors import describe, error, join_names, names_errors
+from jbn._core.errors import describe, error, join_names, public
 from jbn._core.moments import Moments, merge_stacked
 from jbn._core.options import is_unit_interval
 from jbn._core.running import Decay, moving_average
@@ -33,7 +33,7 @@ Stats = TypeVar("Stats", bound=Mapping[str, Any] | nnx.Module)
 _REPLICAS = "Pass batch_stats as pmap or vmap returns it, with the axis of the devices."
 
 
-@names_errors
+@public
 def merge_replicas(batch_stats: Stats, axis: int = 0) -> Stats:
     """Merges running statistics of devices that did not synchronize, for evaluation or a checkpoint.
 
@@ -131,7 +131,7 @@ def _pool_replicas(means: Array, variances: Array, rows: Array | None, axis: int
     return merged.mean.astype(means.dtype), merged.var.astype(variances.dtype)
 
 
-@names_errors
+@public
 def ema(average: Model, new: Model, decay: float | Array) -> Model:
     """An exponential moving average of a whole model: parameters and statistics together.
 
@@ -165,8 +165,13 @@ def ema(average: Model, new: Model, decay: float | Array) -> Model:
     _check_decay(decay)
     if isinstance(average, nnx.Module) and isinstance(new, nnx.Module):
         graph, old = nnx.split(average)
-        averaged: Model = nnx.merge(graph, ema(old, nnx.state(new), decay))
+        averaged: Model = nnx.merge(graph, _move_tree(old, nnx.state(new), decay))
         return averaged
+    return _move_tree(average, new, decay)
+
+
+def _move_tree(average: Model, new: Model, decay: float | Array) -> Model:
+    """`ema` of trees."""
     if len({jax.tree.structure(tree) for tree in (average, new)}) > 1:
         raise error(
             "new",

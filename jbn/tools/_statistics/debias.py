@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from jbn._core.dtypes import unwrapped
-from jbn._core.errors import error, names_errors
+from jbn._core.errors import error, public
 from jbn._core.options import check_momentum, check_static_momentum
 from jbn._core.running import store_debiased
 from jbn.nnx import BatchNorm
@@ -15,7 +15,7 @@ from jbn.tools._models import Path, Variables, batch_norms, by_name, join_paths,
 Model = TypeVar("Model", bound=Variables)
 
 
-@names_errors
+@public
 def debias(
     variables: Model, *, momentum: float | Mapping[Path, float] | Mapping[str, float] | None = None
 ) -> Model:

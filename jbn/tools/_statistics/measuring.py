@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from jbn._core.errors import describe, error
 from jbn.linen._replace import only_training_moments, with_empty_moments
 from jbn.nnx import BatchNorm, keep_batch_moments
-from jbn.nnx import replace_batch_norm as replace_nnx
+from jbn.nnx._replace import become_ours
 from jbn.tools._models import Path, show_path, with_statistics, without_batch_moments
 
 
@@ -76,8 +76,9 @@ def _refuse_bridged(
 def nnx_step(apply_fn: Callable[..., Any], model: nnx.Module) -> tuple[Callable[[Any], Any], dict[Path, str]]:
     """The same for an NNX module; its random state goes from batch to batch."""
     copy = nnx.clone(model)
-    if any(type(module) is nnx.BatchNorm for _, module in nnx.iter_modules(copy)):
-        replace_nnx(copy)
+    for _, module in nnx.iter_modules(copy):
+        if type(module) is nnx.BatchNorm:
+            become_ours(module)
     copy.train()
     keep_batch_moments(copy)
     for _, layer in nnx.iter_modules(copy):

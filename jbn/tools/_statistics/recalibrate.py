@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from jbn._core.dtypes import promote_stats
-from jbn._core.errors import describe, error, join_names, names_errors, warn_user
+from jbn._core.errors import describe, error, join_names, public, warn_user
 from jbn._core.moments import Moments, checked_merge
 from jbn._core.options import is_number
 from jbn._core.running import saturated
@@ -37,7 +37,7 @@ Model = TypeVar("Model", bound=Variables)
 _GROUP = 32
 
 
-@names_errors
+@public
 def recalibrate(
     apply_fn: Callable[..., Any],
     variables: Model,

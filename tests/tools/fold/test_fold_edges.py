@@ -97,3 +97,21 @@ def test_a_folded_batch_norm_of_nnx_is_gone_where_the_module_is_constant():
     wanted = flops(folded.layers[0], x)
     assert flops(folded, x) == wanted
     assert flops(model, x) > wanted
+
+
+def test_a_complex_scale_on_a_real_kernel_by_pairs():
+    """Without a call each pair is proved by itself, in a dtype that holds both."""
+    kernel, bias = random(3, 4), np.zeros(4, np.complex64)
+    batch_norm = {"scale": (1 + random(4) * 1j).astype(np.complex64)}
+    stats = {"mean": random(4), "var": np.abs(random(4)) + 1}
+    variables = {
+        "params": {"a": {"kernel": kernel, "bias": bias}, "b": batch_norm},
+        "batch_stats": {"b": stats},
+    }
+    folded = fold_variables(
+        variables, [("a", "b")], epsilon=np.array(EPSILON)
+    )  # as an array, as `fold` takes it
+    alone = fold(kernel, bias, batch_norm, stats, epsilon=EPSILON)
+    assert jnp.iscomplexobj(folded["params"]["a"]["kernel"])
+    factor = folded["params"]["b"]["scale"] / np.sqrt(1 + EPSILON)
+    assert_close(folded["params"]["a"]["kernel"] * factor, alone[0], 1e-6)
