@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from jbn._core.dtypes import promote_stats
 from jbn._core.errors import describe, error, join_names, public, warn_user
@@ -108,18 +108,17 @@ def recalibrate(
     )
     pooled: list[dict[Path, Moments]] = []
     means: list[dict[Path, Moments]] = []  # of each batch, for the tolerance alone
-    console = Console(stderr=True)
-    shown = progress and console.is_terminal
     total = min((size for size in (length_hint(batches), max_batches) if size), default=None)
-    stream = islice(batches, max_batches)
-    bar = track(stream, "Recalibrating", total=total, console=console, disable=not shown, transient=True)
-    for number, batch in enumerate(bar, 1):
-        found = {path: value for tree in measure(batch) for path, value in moments_in(tree, layers).items()}
-        pooled = _merge_if_many([*pooled, found])
-        if tolerance is not None:
-            means = _merge_if_many([*means, {path: _as_one_row(m) for path, m in found.items()}])
-            if number >= 8 and _largest_error(means, pooled) <= tolerance:
-                break
+    with _progress(progress) as bar:
+        stream = bar.track(islice(batches, max_batches), total=total, description="Recalibrating")
+        for number, batch in enumerate(stream, 1):
+            trees = measure(batch)
+            found = {path: value for tree in trees for path, value in moments_in(tree, layers).items()}
+            pooled = _merge_if_many([*pooled, found])
+            if tolerance is not None:
+                means = _merge_if_many([*means, {path: _as_one_row(m) for path, m in found.items()}])
+                if number >= 8 and _largest_error(means, pooled) <= tolerance:
+                    break
     if not pooled:
         raise error("batches", "empty", "one batch or more", "A generator gives its batches only once.")
     moments = _merge_layers(pooled)
@@ -152,6 +151,13 @@ def recalibrate(
     stats = {path: _replace_stats(layers[path], batch) for path, batch in moments.items()}
     new: Model = with_values(variables, batch_stats=stats)
     return new
+
+
+def _progress(wanted: bool) -> Progress:
+    """A bar on standard error, if that is a terminal; what batches print to standard output stays there."""
+    console = Console(stderr=True)
+    shown = wanted and console.is_terminal
+    return Progress(console=console, disable=not shown, transient=True, redirect_stdout=False)
 
 
 def _check(apply_fn: Any, layers: Any, batches: Any, max_batches: Any, tolerance: Any) -> None:

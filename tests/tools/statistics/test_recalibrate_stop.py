@@ -78,12 +78,27 @@ def test_each_channel_counts_its_own_batches(with_rows, taken):
 
 @pytest.mark.parametrize(("length", "most", "total"), [(3, None, 3), (3, 2, 2), (2, 9, 2), (None, 2, 2)])
 def test_the_bar_ends_where_it_stops(monkeypatch, length, most, total):
-    def track(batches, *_, total=None, **__):
+    def track(_, batches, total=None, **__):
         seen.append(total)
         return batches
 
     seen, (variables, train) = [], linen()
-    monkeypatch.setattr("jbn.tools._statistics.recalibrate.track", track)
+    monkeypatch.setattr("rich.progress.Progress.track", track)
     batches = PARTS[:length] if length else iter(PARTS)
     jbn.tools.recalibrate(train, variables, batches, max_batches=most)
     assert seen == [total]
+
+
+def test_what_batches_print_stays_where_it_was_printed(monkeypatch, capsys):
+    """Also where the bar shows: it is on standard error, and standard output may be a file."""
+
+    def stream():
+        print("a batch")
+        yield PARTS[0]
+
+    variables, train = linen()
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    jbn.tools.recalibrate(train, variables, stream())
+    shown = capsys.readouterr()
+    assert shown.out == "a batch\n"
+    assert "Recalibrating" in shown.err
