@@ -25,6 +25,7 @@ PARTS = {
     "resnet50": "gigabytes and peak memory of a ResNet-50 step, compiled ahead of time for the same",
     "collectives": "collectives and their bytes at 8 and at 256 devices",
     "memory": "what is kept for the backward pass",
+    "remat": "peak memory of a step that computes a part again, compiled ahead of time for an H100",
     "accuracy": "errors against float64",
     "cpu": "times on this CPU, and per element from 1 MB to 1 GB",
     "compile": "time to compile 60 layers, and by number of layers",

@@ -25,14 +25,18 @@ class ResNet50:
     def __call__(self, params, state, x):
         return self._network(x, params=params, state=state)
 
-    def step(self, params, state, x, labels):
-        """Gradient descent on the cross entropy: new parameters, new statistics, the loss."""
+    def step(self, params, state, x, labels, around=None):
+        """Gradient descent on the cross entropy: new parameters, new statistics, the loss.
+
+        `around` is what the loss is wrapped in, such as `jax.checkpoint`.
+        """
 
         def loss(params):
             logits, new = self(params, state, x)
             picked = jax.nn.log_softmax(logits.astype(jnp.float32)) * jax.nn.one_hot(labels, CLASSES)
             return -jnp.mean(jnp.sum(picked, -1)), new
 
+        loss = loss if around is None else around(loss)
         (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return jax.tree.map(lambda p, g: p - (0.1 * g).astype(p.dtype), params, grads), new, value
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jbn._core.batch_norm import batch_norm as batch_norm
 from jbn._core.batch_norm import init as init
+from jbn._core.checkpoint import checkpoint_policy as checkpoint_policy
 from jbn._core.moments import Moments as Moments
 from jbn._core.moments import merge as merge
 from jbn._core.moments import moments as moments
@@ -16,7 +17,7 @@ from jbn._core.renorm import Renorm as Renorm
 from jbn._core.running import update as update
 
 __version__ = "0.1.0"
-__all__ = ["Moments", "Renorm", "batch_norm", "init", "merge", "moments", "update"]
+__all__ = ["Moments", "Renorm", "batch_norm", "checkpoint_policy", "init", "merge", "moments", "update"]
 
 _DOORS = ("linen", "nnx", "tools")
 

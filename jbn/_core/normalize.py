@@ -5,10 +5,12 @@ Everything here works on arrays of x's rank: statistics and parameters are 1 alo
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from jbn._core import xla
@@ -29,6 +31,9 @@ from jbn._core.statistics import (
 )
 from jbn._core.types import X
 from jbn._core.weights import apply_weights, freeze_masked, zero_masked, zero_masked_overflow
+
+X_NAME, MOMENTS_NAME = "jbn_x", "jbn_moments"
+"""Names for `jax.checkpoint`: of x as it was given, and of its moments, behind the collectives."""
 
 
 class RunningHints(NamedTuple):
@@ -52,6 +57,7 @@ def normalize(config: NormConfig, inputs: Inputs, hints: RunningHints) -> tuple[
     outside of jit it is one program and not a hundred. It is none where an axis name is bound: JAX would run
     the staged call when the name no longer is.
     """
+    inputs = inputs._replace(x=checkpoint_name(inputs.x, X_NAME))
     normalized: tuple[Array, ShiftedMoments]
     if config.reduction.axis_name is not None:
         normalized = _normalize(config, inputs, hints)
@@ -89,12 +95,17 @@ def normalize_groups(
     return jnp.reshape(y, shape), pooled if whole.axis_name is None else merge_across_devices(pooled, whole)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize(config: NormConfig, inputs: Inputs, hints: RunningHints) -> tuple[Array, ShiftedMoments]:
+    """Measures, and normalizes by what was measured.
+
+    The moments are measured before the derivative rule's function and not in it, and have a name: a backward
+    pass that wants y again need not measure again. That function's rule says all of how y moves with x. What
+    is measured keeps a derivative all the same: JAX drops the rule where it differentiates a scan twice.
+    """
     measured = measure(inputs.x, inputs.weights, config.reduction, hints.shift_hint)
-    scale, bias = renormalized(config.epsilon, measured, hints.reference, inputs.scale, inputs.bias)
-    y = _normalized(config, inputs._replace(scale=scale, bias=bias), measured)
-    return epilogue(y, inputs.residual, config), measured
+    measured = jax.tree.map(lambda part: checkpoint_name(part, MOMENTS_NAME), measured)
+    normalized: tuple[Array, ShiftedMoments] = _normalize_by(config, inputs, hints.reference, measured)
+    return normalized
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -105,9 +116,21 @@ def _compiled_normalize(
     return normalized
 
 
-@_normalize.defjvp
-def _normalize_jvp(
-    config: NormConfig, primals: tuple[Inputs, RunningHints], tangents: tuple[Inputs, RunningHints]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normalize_by(
+    config: NormConfig, inputs: Inputs, reference: RenormReference | None, measured: ShiftedMoments
+) -> tuple[Array, ShiftedMoments]:
+    """y by these moments of x, and the moments."""
+    scale, bias = renormalized(config.epsilon, measured, reference, inputs.scale, inputs.bias)
+    y = _normalized(config, inputs._replace(scale=scale, bias=bias), measured)
+    return epilogue(y, inputs.residual, config), measured
+
+
+@_normalize_by.defjvp
+def _normalize_by_jvp(
+    config: NormConfig,
+    primals: tuple[Inputs, RenormReference | None, ShiftedMoments],
+    tangents: tuple[Inputs, RenormReference | None, ShiftedMoments],
 ) -> tuple[tuple[Array, ShiftedMoments], tuple[Array, ShiftedMoments]]:
     """The one rule; forward mode, reverse mode and all orders come from it, collectives included.
 
@@ -115,37 +138,33 @@ def _normalize_jvp(
         with r = 1 / sqrt(var + epsilon) and a = scale r
 
     - Both expectations travel in one collective. Transposed, they are the two reductions of the backward
-      pass, and again one collective. It stands between two checkpoints: inside of one, JAX would ask for the
-      axis when it is no longer bound.
-    - The rest is in checkpoints, so that the backward pass keeps x in its own dtype and per-channel vectors,
-      and computes x - mean again. Nothing could be shared with the forward pass that XLA would not
-      have to store, so there is nothing to prevent it from sharing.
+      pass, and again one collective.
+    - The tangents are in a checkpoint, so that the backward pass keeps x in its own dtype and per-channel
+      vectors, and computes x - mean again. Nothing could be shared with the forward pass that XLA would not
+      have to store, so there is nothing to prevent it from sharing. A collective has to stand between two
+      checkpoints: inside of one, JAX would ask for the axis when it is no longer bound. Without one there is
+      one: each keeps a copy of x of its own where the caller's `jax.checkpoint` is around.
     - relu needs no mask to be kept: where it passes, y is positive. With a residual that is seen from y,
       which the next layer keeps anyway; without one it is computed again from x.
     - The moments have tangents too. Their first use is the second derivative: this rule, differentiated,
       asks how they move with x.
     """
-    (inputs, hints), (tangent, _) = primals, tangents
-    y, measured = _normalize(config, inputs, hints)
+    (inputs, reference, measured), (tangent, *_) = primals, tangents
+    y, measured = _normalize_by(config, inputs, reference, measured)
     # From here on scale and bias have the correction of renorm in them: scale * r and bias + scale * d.
-    corrected = functools.partial(renormalized, config.epsilon, measured, hints.reference)
+    corrected = functools.partial(renormalized, config.epsilon, measured, reference)
     (scale, bias), (scale_dot, bias_dot) = jax.jvp(
         corrected, (inputs.scale, inputs.bias), (tangent.scale, tangent.bias)
     )
     inputs = inputs._replace(scale=scale, bias=bias, residual=None)
-    tangent = tangent._replace(scale=scale_dot, bias=bias_dot)
-    checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
-    checkpointed_sums = checkpoint(functools.partial(_tangent_sums, config))
-    checkpointed_tangents = checkpoint(functools.partial(_tangents, config))
-    sums = checkpointed_sums(inputs.x, inputs.weights, measured, tangent.x)
-    # In `measured` the count of rows is an array; where it is static, a constant needs no operation.
-    rows = static_count(inputs.x, inputs.weights, config.reduction.axes)
-    weight = measured.weight if rows is None else measured.weight.dtype.type(rows * config.reduction.size)
-    means = global_means(sums, weight, config.reduction)
+    tangent = tangent._replace(weights=None, scale=scale_dot, bias=bias_dot)
     relu_output = None if tangent.residual is None or config.activation is None else y
-    y_dot, mean_dot, var_dot = checkpointed_tangents(
-        inputs, measured, relu_output, means, tangent._replace(weights=None)
-    )
+    checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
+    if config.reduction.axis_name is None:
+        tangents_of = checkpoint(functools.partial(_tangents, config, lambda function: function))
+    else:
+        tangents_of = functools.partial(_tangents, config, checkpoint)
+    y_dot, mean_dot, var_dot = tangents_of(inputs, measured, relu_output, tangent)
     constant = jax.tree.map(jnp.zeros_like, measured)
     return (y, measured), (y_dot, constant._replace(delta=mean_dot, var=var_dot))
 
@@ -157,6 +176,26 @@ def _normalized(config: NormConfig, inputs: Inputs, measured: ShiftedMoments) ->
     if weights is not None:  # no variance, no scale: what a masked entry holds could become anything
         offset = jnp.where(measured.num_valid > 1, offset, jnp.zeros_like(offset))
     return zero_masked_overflow(affine(offset, measured.delta, measured.var, scale, bias, config), weights)
+
+
+def _tangents(
+    config: NormConfig,
+    checkpoint: Callable[[Any], Any],
+    inputs: Inputs,
+    measured: ShiftedMoments,
+    relu_output: Array | None,
+    tangent: Inputs,
+) -> tuple[Array, Array, Array]:
+    """The tangents of y, mean and var, with a checkpoint before and one behind the collective."""
+    sums_of = checkpoint(functools.partial(_tangent_sums, config))
+    sums = sums_of(inputs.x, inputs.weights, measured, tangent.x)
+    # In `measured` the count of rows is an array; where it is static, a constant needs no operation.
+    rows = static_count(inputs.x, inputs.weights, config.reduction.axes)
+    weight = measured.weight if rows is None else measured.weight.dtype.type(rows * config.reduction.size)
+    means = global_means(sums, weight, config.reduction)
+    from_means = checkpoint(functools.partial(_tangents_from_means, config))
+    tangents: tuple[Array, Array, Array] = from_means(inputs, measured, relu_output, means, tangent)
+    return tangents
 
 
 def _tangent_sums(
@@ -173,7 +212,7 @@ def _tangent_sums(
     return jnp.stack([first, (second - real_product(measured.delta, first)).astype(first.dtype)])
 
 
-def _tangents(
+def _tangents_from_means(
     config: NormConfig,
     inputs: Inputs,
     measured: ShiftedMoments,

@@ -1,0 +1,159 @@
+"""`jbn.checkpoint_policy`: the backward pass measures nothing again, and all comes out as without it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jbn.linen
+import jbn.nnx
+from tests.support.cases import assert_trees_close
+
+X = np.random.default_rng(0).standard_normal((8, 4, 6)).astype(np.float32)
+WEIGHTS = [np.random.default_rng(i).standard_normal((6, 6)).astype(np.float32) for i in range(3)]
+PARAMS, STATS = jbn.init(6, count=True)
+OPTIONS = {
+    "plain": {},
+    "relu inside": {"activation": "relu"},
+    "residual": {"activation": "relu", "residual": True},
+    "mask": {"mask": np.arange(8) < 5},
+    "ghost batches": {"virtual_batch_size": 4},
+    "renorm": {"renorm": jbn.Renorm(3.0, 5.0)},
+    "cumulative": {"momentum": None},
+}
+
+
+def network(**options):
+    """(loss, new statistics) of three layers; the region of the checkpoint is the whole of it."""
+
+    def run(params, x):
+        new = []
+        for weights, affine in params:
+            x = jnp.tanh(x @ weights)
+            settings = options | {"residual": x} if "residual" in options else options
+            x, stats = jbn.batch_norm(affine, STATS, x, use_running_average=False, **settings)
+            new.append(stats)
+        return jnp.sum(x * jnp.sin(x)), new
+
+    return run
+
+
+def step(run, policy=None, **settings):
+    around = run if policy is None else jax.checkpoint(run, policy=policy, **settings)
+    return jax.value_and_grad(around, argnums=(0, 1), has_aux=True)
+
+
+PARAMETERS = [(weights, PARAMS) for weights in WEIGHTS]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_values_gradients_and_statistics_are_those_without(name):
+    run = network(**OPTIONS[name])
+    both = jax.jit(lambda p, x: (step(run)(p, x), step(run, jbn.checkpoint_policy)(p, x)))
+    assert_trees_close(*both(PARAMETERS, X), 2e-6)
+
+
+def measured(function, *arguments):
+    """How often a program measures a batch: each time it takes the leading digits of some rows."""
+
+    def count(jaxpr):
+        found = 0
+        for each in jaxpr.eqns:
+            found += each.primitive.name == "reduce_precision" and each.params["mantissa_bits"] < 23
+            for value in jax.tree.leaves(each.params, is_leaf=lambda value: hasattr(value, "eqns")):
+                inner = getattr(value, "jaxpr", value)
+                found += count(inner) if hasattr(inner, "eqns") else 0
+        return found
+
+    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def test_nothing_is_measured_again():
+    run = network(activation="relu")
+    without = measured(step(run), PARAMETERS, X)
+    assert measured(step(run, jbn.checkpoint_policy), PARAMETERS, X) == without
+    assert measured(step(run, jax.checkpoint_policies.nothing_saveable), PARAMETERS, X) > without
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_no_collective_is_repeated(devices):
+    def over_devices(policy):
+        run = network(axis_name="data")
+
+        def local(params, x):
+            (_, new), gradients = step(run, policy)(params, x)
+            return new, gradients[1]
+
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P("data"))))
+
+    without, found = over_devices(None), over_devices(jbn.checkpoint_policy)
+    assert_trees_close(found(PARAMETERS, X), without(PARAMETERS, X), 2e-6)
+    counts = [f.lower(PARAMETERS, X).compile().as_text().count(" all-reduce(") for f in (found, without)]
+    assert counts[0] == counts[1] > 0
+
+
+def test_second_derivatives_are_those_without():
+    run = network(activation=None)
+
+    def penalty(policy):
+        def squares(params, x):
+            return sum(jnp.sum(g**2) for g in jax.tree.leaves(step(run, policy)(params, x)[1]))
+
+        return jax.jit(jax.grad(squares, argnums=1))
+
+    assert_trees_close(penalty(jbn.checkpoint_policy)(PARAMETERS, X), penalty(None)(PARAMETERS, X), 2e-5)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6)(x)
+        return jbn.linen.BatchNorm(use_running_average=False, activation="relu")(x)
+
+
+@pytest.mark.parametrize("policy", [None, jbn.checkpoint_policy], ids=["no policy", "policy"])
+def test_linen_blocks_update_once(policy, flax_promotion):
+    def net(block):
+        return nn.Sequential([block(name=f"block{i}") for i in range(2)])
+
+    variables = net(Block).init(jax.random.key(0), X)
+
+    def loss(block):
+        def run(params, x):
+            variables_ = variables | {"params": params}
+            y, new = net(block).apply(variables_, x, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y)), new
+
+        return jax.jit(jax.value_and_grad(run, has_aux=True))
+
+    remat = nn.remat(Block, policy=policy)
+    assert_trees_close(loss(remat)(variables["params"], X), loss(Block)(variables["params"], X), 2e-6)
+
+
+@pytest.mark.parametrize("policy", [None, jbn.checkpoint_policy], ids=["no policy", "policy"])
+def test_nnx_updates_once(policy, flax_promotion):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.linear, self.norm = nnx.Linear(6, 6, rngs=rngs), jbn.nnx.BatchNorm(6, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.linear(x))
+
+    def loss(around):
+        @nnx.jit
+        def run(model, x):
+            gradients = nnx.grad(lambda model: jnp.sum(jnp.sin(around(lambda model, x: model(x))(model, x))))(
+                model
+            )
+            return gradients, nnx.state(model, nnx.BatchStat)
+
+        return run(Net(nnx.Rngs(0)), X)
+
+    found = loss(lambda f: nnx.remat(f, policy=policy))
+    assert_trees_close(*map(nnx.to_pure_dict, (found[0], loss(lambda f: f)[0])), 2e-6)
+    assert_trees_close(*map(nnx.to_pure_dict, (found[1], loss(lambda f: f)[1])), 2e-6)
