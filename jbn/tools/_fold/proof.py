@@ -65,8 +65,9 @@ def prove(
     by_call = call is not None
     outputs = _outputs_by_pair(model, pairs) if call is None else _outputs_by_call(call, variables, model, x)
     folded = {pair: _fold_pair(pair, model.arrays(pair)) for pair in pairs}
+    before = outputs({}) if folded else []
     while folded:
-        fault = _find_fault(model, folded, outputs, dtypes, by_call=by_call)
+        fault = _find_fault(model, folded, before, outputs, dtypes, by_call=by_call)
         if fault is None:
             break
         if not found:
@@ -86,13 +87,18 @@ def _fold_pair(pair: Pair, arrays: PairArrays) -> PairArrays:
 
 
 def _find_fault(
-    model: OpenedModel, folded: Changes, outputs: Outputs, dtypes: set[Dtype], *, by_call: bool
+    model: OpenedModel,
+    folded: Changes,
+    before: Sequence[Array],
+    outputs: Outputs,
+    dtypes: set[Dtype],
+    *,
+    by_call: bool,
 ) -> _Fault | None:
     """The pairs that move an output when folded alone; else those by whose batch norm no output moves.
 
     With the latter the proof proves nothing: no output would show that they are wrong.
     """
-    before = outputs({})
     given = {pair: model.arrays(pair) for pair in folded}
     allowed = _allowed_move({leaf.dtype for leaf in jax.tree.leaves((before, [*given.values()]))} | dtypes)
 
