@@ -4,7 +4,8 @@ from typing import Any
 
 import jax
 
-from jbn._core.normalize import MOMENTS_NAME, X_NAME
+from jbn._core.forward import X_NAME
+from jbn._core.normalize import MOMENTS_NAME
 
 _saves_names = jax.checkpoint_policies.save_only_these_names(X_NAME, MOMENTS_NAME)
 

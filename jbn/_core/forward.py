@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from jbn._core.affine import Inputs, NormConfig, normalize_with
@@ -20,6 +21,9 @@ from jbn._core.running import Decay, debiased, moving_average, update_running
 from jbn._core.sharding import sharded_like
 from jbn._core.statistics import ShiftedMoments, measure, static_count
 from jbn._core.types import BatchStats, Dtype, Flag, Params, X
+
+X_NAME = "jbn_x"
+"""For `jax.checkpoint`: x as it was given, in training and in evaluation. Names leave no operation behind."""
 
 
 def apply(
@@ -59,10 +63,11 @@ def apply(
         training=use_running_average is not True,
         measures=measures,
     )
+    inputs = inputs._replace(x=checkpoint_name(inputs.x, X_NAME))
     if use_running_average is False and not initializing:
         _check_batch_size(options, inputs, axes, layer)
     if use_running_average is True:
-        measured = measure(x, inputs.weights, config.reduction) if measures else None
+        measured = measure(inputs.x, inputs.weights, config.reduction) if measures else None
         y = _evaluate(config, inputs, stats, options, measured)
         return y, stats, to_moments(measured, axes) if with_moments and measured is not None else None
     y, measured = _train(config, inputs, stats, options)

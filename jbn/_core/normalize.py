@@ -32,8 +32,8 @@ from jbn._core.statistics import (
 from jbn._core.types import X
 from jbn._core.weights import apply_weights, freeze_masked, zero_masked, zero_masked_overflow
 
-X_NAME, MOMENTS_NAME = "jbn_x", "jbn_moments"
-"""Names for `jax.checkpoint`: of x as it was given, and of its moments, behind the collectives."""
+MOMENTS_NAME = "jbn_moments"
+"""For `jax.checkpoint`: the moments of x, behind the collectives."""
 
 
 class RunningHints(NamedTuple):
@@ -57,7 +57,6 @@ def normalize(config: NormConfig, inputs: Inputs, hints: RunningHints) -> tuple[
     outside of jit it is one program and not a hundred. It is none where an axis name is bound: JAX would run
     the staged call when the name no longer is.
     """
-    inputs = inputs._replace(x=checkpoint_name(inputs.x, X_NAME))
     normalized: tuple[Array, ShiftedMoments]
     if config.reduction.axis_name is not None:
         normalized = _normalize(config, inputs, hints)

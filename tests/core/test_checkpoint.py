@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jbn.linen
 import jbn.nnx
+from jbn._core import forward, normalize
 from tests.support.cases import assert_trees_close
 
 X = np.random.default_rng(0).standard_normal((8, 4, 6)).astype(np.float32)
@@ -27,7 +28,7 @@ OPTIONS = {
 }
 
 
-def network(**options):
+def network(use_running_average=False, **options):
     """(loss, new statistics) of three layers; the region of the checkpoint is the whole of it."""
 
     def run(params, x):
@@ -35,7 +36,7 @@ def network(**options):
         for weights, affine in params:
             x = jnp.tanh(x @ weights)
             settings = options | {"residual": x} if "residual" in options else options
-            x, stats = jbn.batch_norm(affine, STATS, x, use_running_average=False, **settings)
+            x, stats = jbn.batch_norm(affine, STATS, x, use_running_average=use_running_average, **settings)
             new.append(stats)
         return jnp.sum(x * jnp.sin(x)), new
 
@@ -57,13 +58,13 @@ def test_values_gradients_and_statistics_are_those_without(name):
     assert_trees_close(*both(PARAMETERS, X), 2e-6)
 
 
-def measured(function, *arguments):
-    """How often a program measures a batch: each time it takes the leading digits of some rows."""
+def counted(is_one, function, *arguments):
+    """How many such operations a program has."""
 
     def count(jaxpr):
         found = 0
         for each in jaxpr.eqns:
-            found += each.primitive.name == "reduce_precision" and each.params["mantissa_bits"] < 23
+            found += is_one(each)
             for value in jax.tree.leaves(each.params, is_leaf=lambda value: hasattr(value, "eqns")):
                 inner = getattr(value, "jaxpr", value)
                 found += count(inner) if hasattr(inner, "eqns") else 0
@@ -72,11 +73,56 @@ def measured(function, *arguments):
     return count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
+def measures(operation):
+    """Each time a batch is measured, the leading digits of some rows are taken."""
+    return operation.primitive.name == "reduce_precision" and operation.params["mantissa_bits"] < 23
+
+
+def is_product(operation):
+    return operation.primitive.name == "dot_general"
+
+
 def test_nothing_is_measured_again():
     run = network(activation="relu")
-    without = measured(step(run), PARAMETERS, X)
-    assert measured(step(run, jbn.checkpoint_policy), PARAMETERS, X) == without
-    assert measured(step(run, jax.checkpoint_policies.nothing_saveable), PARAMETERS, X) > without
+    without = counted(measures, step(run), PARAMETERS, X)
+    assert counted(measures, step(run, jbn.checkpoint_policy), PARAMETERS, X) == without
+    assert counted(measures, step(run, jax.checkpoint_policies.nothing_saveable), PARAMETERS, X) > without
+
+
+@pytest.mark.parametrize("evaluating", [False, True, "traced"])
+def test_the_layer_before_a_batch_norm_does_not_run_again(evaluating):
+    def products(policy):
+        def gradients(weights, x, flag):
+            def loss(weights, x):
+                for each in weights:
+                    mode = flag if evaluating == "traced" else evaluating
+                    x = jnp.tanh(jbn.batch_norm(PARAMS, STATS, x @ each, use_running_average=mode)[0])
+                return jnp.sum(x)
+
+            return jax.grad(jax.checkpoint(loss, policy=policy))(weights, x)
+
+        return counted(is_product, gradients, WEIGHTS, X, np.array(True))
+
+    everything = products(jax.checkpoint_policies.everything_saveable)
+    assert products(jbn.checkpoint_policy) == everything < products(None)
+
+
+def test_evaluation_comes_out_as_without():
+    run = network(use_running_average=True, activation="relu")
+    both = jax.jit(lambda p, x: (step(run)(p, x), step(run, jbn.checkpoint_policy)(p, x)))
+    assert_trees_close(*both(PARAMETERS, X), 2e-6)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_the_names_leave_no_operation_in_a_program(evaluating, monkeypatch):
+    def program():
+        jax.clear_caches()
+        return jax.jit(network(use_running_average=evaluating)).lower(PARAMETERS, X).as_text()
+
+    named = program()
+    for module in (forward, normalize):
+        monkeypatch.setattr(module, "checkpoint_name", lambda value, name: value)
+    assert program() == named
 
 
 @pytest.mark.parametrize("devices", [2, 8])

@@ -212,6 +212,12 @@ BREAKS = {
         "if not by_call and moves(",
         "tests/tools/fold/test_fold_proof_cases.py",
     ),
+    "x has no name for a policy": Break(
+        "jbn/_core/forward.py",
+        "checkpoint_name(inputs.x, X_NAME)",
+        "inputs.x",
+        "tests/core/test_checkpoint.py",
+    ),
     "the moments have no name for a policy": Break(
         "jbn/_core/normalize.py",
         "lambda part: checkpoint_name(part, MOMENTS_NAME)",
