@@ -21,7 +21,10 @@ LAYERS = "BENCHMARKS_LAYERS"  # names, as JSON; all if there are none
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """`apply(params, state, x, residual=None, relu=False)` returns y and the new state."""
+    """`apply(params, state, x, residual=None, relu=False)` returns y and the new state.
+
+    That of linen's layers takes a `mask` too.
+    """
 
     params: Any
     state: Any
@@ -56,8 +59,8 @@ class Contestant:
 def outside(plain):
     """Residual and relu added behind a layer that has neither."""
 
-    def apply(params, state, x, residual=None, relu=False):
-        y, state = plain(params, state, x)
+    def apply(params, state, x, residual=None, relu=False, **options):
+        y, state = plain(params, state, x, **options)
         y = y.astype(x.dtype)
         y = y if residual is None else y + residual
         return (jax.nn.relu(y) if relu else y), state
@@ -77,8 +80,8 @@ def linen(setting, make, inside=False):
     def variables(params, state):
         return {"params": params, "batch_stats": state}
 
-    def plain(params, state, x):
-        y, new = make().apply(variables(params, state), x, mutable=["batch_stats"])
+    def plain(params, state, x, mask=None):
+        y, new = make().apply(variables(params, state), x, mask=mask, mutable=["batch_stats"])
         return y, new["batch_stats"]
 
     def fused(params, state, x, residual=None, relu=False, mask=None):

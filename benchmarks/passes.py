@@ -91,7 +91,7 @@ def of_layer(name, dtype):
 def of_network(name, dtype):
     """One training step; the first block's shortcut has a batch norm of its own, the second's has none."""
     made = network.ResNet50(contestants.named(NETWORKS[name]), dtype, batch=64, blocks=(2,))
-    arguments = programs.shapes((made.params, made.state, made.x, made.labels), targets.place("H100"))
+    arguments = programs.shapes((made.params, made.state, *made.inputs), targets.place("H100"))
     compiled = targets.compiled(made.step, arguments, "H100", donate_argnums=(0, 1))
     yield from (None, targets.moved(compiled, "H100", library=False) / (64 * 56 * 56 * 256 * dtype.itemsize))
 

@@ -52,7 +52,7 @@ def step(name, target, dtype):
     from benchmarks import contestants, network, programs, targets
 
     made = network.ResNet50(contestants.named(name), jnp.dtype(dtype))
-    arguments = programs.shapes((made.params, made.state, made.x, made.labels), targets.place(target))
+    arguments = programs.shapes((made.params, made.state, *made.inputs), targets.place(target))
     compiled = targets.compiled(made.step, arguments, target, donate_argnums=(0, 1))
     moved = targets.moved(compiled, target, library=False)
     return {"moved": moved / 1e9, "temporary": targets.temporary(compiled) / 1e9}

@@ -5,11 +5,15 @@ import itertools
 import pathlib
 import sys
 
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, hlo, passes, tables, timing, variances
-from benchmarks.__main__ import main
+import jbn
+from benchmarks import accuracy, contestants, hlo, memory, network, passes, peaks, tables, timing, variances
+from benchmarks.__main__ import RESULTS, main
 from benchmarks.contestants import LAYERS
 from tests.support.cases import loosely
 
@@ -100,6 +104,35 @@ def test_contestants_compute_the_same():
             np.testing.assert_allclose(value, exact, atol=1e-5)
 
 
+# Of the published networks, less the bias of the dense layer, of 1000.
+PARAMETERS = {"ResNet50": 25_556_032, "MobileNetV2": 3_503_872, "DenseNet121": 7_977_856}
+
+
+def affine_alone(setting):
+    """A layer that is quickly traced: scale, bias and statistics, and no batch norm."""
+    params, state = jbn.init(setting.shape[-1])
+
+    def apply(params, state, x, residual=None, relu=False, mask=None):
+        y = (x * params["scale"] + params["bias"]).astype(x.dtype)
+        return y if residual is None else y + residual, jax.tree.map(lambda leaf: leaf + 1, state)
+
+    return contestants.Layer(params, state, apply)
+
+
+@pytest.mark.parametrize("name", memory.NETWORKS)
+def test_networks_are_the_published_ones_and_regions_return_the_statistics(name):
+    layer = contestants.Contestant("affine alone", "jbn", affine_alone)
+    with loosely():
+        for kind in ("block", "stage", "whole"):
+            made = getattr(network, name)(layer, jnp.float32, around={kind: jax.checkpoint})
+            size = sum(leaf.size for leaf in jax.tree.leaves(made.params))
+            assert size == PARAMETERS.get(name, size)
+            variables = made.params, made.state
+            program, (*new, _) = jax.make_jaxpr(made.step, return_shape=True)(*variables, *made.inputs)
+            assert any(one.primitive.name == "remat2" for one in program.jaxpr.eqns)
+            chex.assert_trees_all_equal_shapes_and_dtypes(tuple(new), variables)
+
+
 def test_the_command_runs(monkeypatch, capsys):
     """For one contestant: that the others compute the same is tested above, and each takes its time here."""
     monkeypatch.chdir(pathlib.Path(__file__).parents[2])  # each table is made by a process of its own
@@ -123,6 +156,15 @@ def test_the_picture_shows_what_the_readme_says(tmp_path):
     assert 0 < np.max(found["jbn"]) < 1e-6
     variances.draw([1.0, 1e4], found, tmp_path / "variances.png")
     assert (tmp_path / "variances.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_peaks_are_drawn_from_the_results(tmp_path):
+    found = peaks.peaks(RESULTS.read_text(encoding="utf-8"))
+    assert set(found) == set(memory.NETWORKS)
+    for of_network in found.values():
+        assert of_network[memory.JBN, "policy, whole"] < of_network[memory.JBN, memory.NOTHING]
+    peaks.draw(found, tmp_path / "peaks.png")
+    assert (tmp_path / "peaks.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_table_is_markdown():
