@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +18,7 @@ from tests.support.cases import assert_trees_close
 X = np.random.default_rng(0).standard_normal((8, 4, 6)).astype(np.float32)
 WEIGHTS = [np.random.default_rng(i).standard_normal((6, 6)).astype(np.float32) for i in range(3)]
 PARAMS, STATS = jbn.init(6, count=True)
+MOMENTS_ALONE = jax.checkpoint_policies.save_only_these_names("jbn_moments")
 OPTIONS = {
     "plain": {},
     "relu inside": {"activation": "relu"},
@@ -82,10 +84,11 @@ def is_product(operation):
     return operation.primitive.name == "dot_general"
 
 
-def test_nothing_is_measured_again():
+@pytest.mark.parametrize("policy", [jbn.checkpoint_policy, MOMENTS_ALONE], ids=["policy", "moments alone"])
+def test_nothing_is_measured_again(policy):
     run = network(activation="relu")
     without = counted(measures, step(run), PARAMETERS, X)
-    assert counted(measures, step(run, jbn.checkpoint_policy), PARAMETERS, X) == without
+    assert counted(measures, step(run, policy), PARAMETERS, X) == without
     assert counted(measures, step(run, jax.checkpoint_policies.nothing_saveable), PARAMETERS, X) > without
 
 
@@ -125,8 +128,10 @@ def test_the_names_leave_no_operation_in_a_program(evaluating, monkeypatch):
     assert program() == named
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_no_collective_is_repeated(devices):
+@pytest.mark.parametrize(
+    ("devices", "policy"), [(2, jbn.checkpoint_policy), (8, jbn.checkpoint_policy), (8, MOMENTS_ALONE)]
+)
+def test_no_collective_is_repeated(devices, policy):
     def over_devices(policy):
         run = network(axis_name="data")
 
@@ -137,10 +142,31 @@ def test_no_collective_is_repeated(devices):
         mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
         return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P("data"))))
 
-    without, found = over_devices(None), over_devices(jbn.checkpoint_policy)
+    without, found = over_devices(None), over_devices(policy)
     assert_trees_close(found(PARAMETERS, X), without(PARAMETERS, X), 2e-6)
     counts = [f.lower(PARAMETERS, X).compile().as_text().count(" all-reduce(") for f in (found, without)]
     assert counts[0] == counts[1] > 0
+
+
+def test_pieces_of_a_concatenation_are_kept_once():
+    """As docs/pages/memory.md shows: what batch norms take has 6, 8 and 10 channels, and each piece 2."""
+    params = [jbn.init(6 + 2 * i) for i in range(3)]
+
+    def loss(x):
+        pieces = [x]
+        for each in params:
+            y, _ = jbn.batch_norm(*each, jnp.concatenate(pieces, -1), use_running_average=False)
+            pieces.append(checkpoint_name(jnp.tanh(y[..., :2]), "piece"))
+        return jnp.sum(jnp.concatenate(pieces, -1))
+
+    def kept(policy):
+        pullback = jax.make_jaxpr(lambda x: jax.vjp(jax.checkpoint(loss, policy=policy), x)[1])(X)
+        shapes = [var.aval.shape for var in set(pullback.jaxpr.outvars)]
+        return sorted(shape[-1] for shape in shapes if shape[:2] == X.shape[:2])
+
+    pieces = jax.checkpoint_policies.save_only_these_names("piece", "jbn_moments")
+    assert kept(pieces) == [2, 2, 6]
+    assert {8, 10} <= set(kept(jbn.checkpoint_policy))
 
 
 def test_second_derivatives_are_those_without():
