@@ -19,9 +19,9 @@ NETWORKS = ("ResNet50", "MobileNetV2", "DenseNet121", "Conformer")
 BARS = {
     (FLAX, NOTHING): ("Flax", "tab:red"),
     (JBN, NOTHING): ("jbn", "tab:blue"),
-    (JBN, "policy, stages"): ("policy around stages", "tab:blue"),
-    (JBN, PIECES): ("pieces of concatenations", "tab:blue"),
-    (JBN, "moments, blocks"): ("blocks but their moments", "tab:blue"),
+    (JBN, "policy, stages"): ("stages, policy", "tab:blue"),
+    (JBN, PIECES): ("pieces and moments kept", "tab:blue"),
+    (JBN, "moments, blocks"): ("blocks, moments kept", "tab:blue"),
 }
 
 
@@ -42,11 +42,11 @@ def draw(found, path):
         for position, (case, (_, color)) in enumerate(BARS.items()):
             if (gigabytes := found[network].get(case)) is not None:
                 bar = axes.barh(position, gigabytes, color=color, alpha=1 if case[1] == NOTHING else 0.5)
-                axes.bar_label(bar, fmt="%.1f", padding=2)
+                axes.bar_label(bar, fmt="%.1f GB", padding=2)
         axes.set(
             title=network, xticks=[], yticks=range(len(BARS)), yticklabels=[name for name, _ in BARS.values()]
         )
-        axes.margins(x=0.2)
+        axes.margins(x=0.35)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
     figure.axes[0].invert_yaxis()
     figure.savefig(path, dpi=90)

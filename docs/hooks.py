@@ -10,7 +10,14 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 PAGES = "docs/pages"
-SHOWN = ("CHANGELOG.md", "benchmarks/*.md", "examples/*.md", "examples/*.py", "examples/pictures/*.png")
+SHOWN = (
+    "CHANGELOG.md",
+    "benchmarks/*.md",
+    "benchmarks/peaks.png",
+    "examples/*.md",
+    "examples/*.py",
+    "examples/pictures/*.png",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

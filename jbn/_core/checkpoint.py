@@ -21,7 +21,11 @@ def checkpoint_policy(primitive: Any, *arrays: Any, **params: Any) -> Any:
     batch norm keeps x, which the layer before has made, and one value per channel; y, which the next layer
     would keep otherwise, is made of them. Around a whole network of convolution, batch norm and relu that
     is about half the memory, for one more read and one more write of each x. Values, gradients and running
-    statistics stay the same. Put the region around several layers: what goes into it is kept as well.
+    statistics stay the same. In evaluation x is kept too.
+
+    What goes into a region is kept as well: put it around several layers. In a network of residual blocks put
+    one around each run of blocks of one size. In one region around them all, each block's output is made of
+    the one before, so all of them are there at once.
 
     It saves what bears one of two names, for policies of your own: "jbn_x", x as the batch norm received it,
     and "jbn_moments", what it measured, over all devices.
