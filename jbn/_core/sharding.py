@@ -1,6 +1,7 @@
 """Arrays that a mesh with explicit axes cuts into shards: all that shows of it while tracing."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,3 +40,16 @@ def sharded_like(value: Array, x: X) -> Array:
         value, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*wanted))
     )
     return sharded
+
+
+def in_auto_mode(function: Callable[..., Array], x: X, spec: tuple[Any, ...]) -> Callable[..., Array]:
+    """The function with explicit axes of x's mesh automatic inside, and its result sharded by `spec`.
+
+    So XLA finds out how each step is sharded, where JAX would have to be told.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if not any(partition_spec(x)):
+        return function
+    out = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    automatic: Callable[..., Array] = jax.sharding.auto_axes(function, out_sharding=out)
+    return automatic

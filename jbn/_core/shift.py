@@ -1,5 +1,6 @@
 """The shift: a constant near the data, which is subtracted from x before anything is summed."""
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -8,9 +9,9 @@ from jax import lax
 from jaxtyping import Array
 
 from jbn._core.dtypes import reduction_dtype
-from jbn._core.sharding import partition_spec
+from jbn._core.sharding import in_auto_mode, partition_spec
 from jbn._core.types import X
-from jbn._core.weights import Count, apply_weights, divide_by_count, is_valid, zero_masked
+from jbn._core.weights import is_valid, safe_count, zero_masked
 from jbn._core.xla import DifferenceUse, difference
 
 # The rows whose mean is the shift, and how many are taken along the first axis and each other to begin with.
@@ -18,6 +19,10 @@ from jbn._core.xla import DifferenceUse, difference
 # ten times it, and as much larger is the error of E[(x - shift)^2] - (mean - shift)^2. With the mean of 32 it
 # is 1.3 times what it would be with the mean itself, instead of 11 times.
 _SHIFT_ROWS, _EXAMPLES, _ROWS_PER_AXIS = 32, 8, 2
+# 2^32 / golden ratio: its multiples modulo 2^32 are spread evenly, and those of every third number as well.
+_GOLDEN = np.uint32(2654435769)
+# Odd, so that its multiples modulo 32 visit each number: over several axes they form a lattice.
+_LATTICE = 13
 
 
 def center(x: X, shift: Array, weights: Array | None, use: DifferenceUse = DifferenceUse.ENTRIES) -> Array:
@@ -25,31 +30,30 @@ def center(x: X, shift: Array, weights: Array | None, use: DifferenceUse = Diffe
     return zero_masked(difference(x, shift, use), weights)
 
 
-def pick_shift(x: X, weights: Array | None, axes: tuple[int, ...], count: Count) -> Array:
-    """A constant near the data, per channel: the mean of some rows, or of all rows.
+def pick_shift(x: X, weights: Array | None, axes: tuple[int, ...]) -> Array:
+    """A constant near the data, per channel: the mean of some rows.
 
     n of N rows bound (shift - mean)^2 by N/n times the variance, so that however far out they lie, the
-    relative error of the variance stays below N/n times that of a sum. All rows, which have to be read once
-    or twice more, are taken where some cannot be: under a mask they may be padding, and a dimension that is
-    sharded over an explicit mesh axis, or whose size is symbolic, cannot be cut.
+    relative error of the variance stays below N/n times that of a sum. They are a slice of x where that can
+    be, and gathered elsewhere: under a mask some rows are padding, and a dimension that is sharded over an
+    explicit mesh axis, or whose size is symbolic, has no slices.
     """
     dtype = reduction_dtype(x.dtype)
     if not all(x.shape[axis] for axis in axes):
         return jnp.zeros([1 if axis in axes else size for axis, size in enumerate(x.shape)], dtype)
+    if not axes:  # each entry is a channel, of which other devices have more
+        return zero_masked(x, weights).astype(dtype)
     if weights is None and _can_be_cut(x, axes):
         return _exact_mean(subsample(x, axes).astype(dtype), axes)
-    valid, rows = None if weights is None else is_valid(weights), x.astype(dtype)
-    low = jnp.min(rows, axes, keepdims=True, where=valid, initial=np.inf)
-    high = jnp.max(rows, axes, keepdims=True, where=valid, initial=-np.inf)
-    sums = jnp.sum(apply_weights(zero_masked(rows, weights), weights), axes, keepdims=True)
-    mean = divide_by_count(sums, count)
-    return jnp.where(low > high, jnp.zeros_like(mean), jnp.clip(mean, low, high))
+    spec = (None, *(None if axis in axes else names for axis, names in enumerate(partition_spec(x))))
+    rows = in_auto_mode(functools.partial(draw_rows, axes=axes), x, spec)(x, weights)
+    return _exact_mean(rows.astype(dtype), (0,))[0]
 
 
 def _can_be_cut(x: X, axes: tuple[int, ...]) -> bool:
     """Whether rows can be taken from the front: not over explicit mesh axes, nor of unknown size."""
     spec = partition_spec(x)
-    return bool(axes) and all(isinstance(x.shape[axis], int) and spec[axis] is None for axis in axes)
+    return all(isinstance(x.shape[axis], int) and spec[axis] is None for axis in axes)
 
 
 def subsample(x: X, axes: tuple[int, ...]) -> X:
@@ -71,6 +75,100 @@ def subsample(x: X, axes: tuple[int, ...]) -> X:
         (taken[axis] - 1) * steps[axis] + 1 if axis in taken else size for axis, size in enumerate(x.shape)
     ]
     return lax.slice(x, [0] * x.ndim, limits, steps)
+
+
+def draw_rows(x: X, weights: Array | None, axes: tuple[int, ...]) -> X:
+    """`_SHIFT_ROWS` rows that take part, as often as they weigh, along a new first axis; 0 where none does.
+
+    Along axes of which the weights say nothing, they are spread evenly. Along the others an example is drawn
+    first, then one of its entries, so that all weights are read once, and those of drawn examples again. A
+    row may come more than once: a power of two of rows have a mean that rounds nothing, as in `subsample`.
+    """
+    weights = jnp.ones([1] * x.ndim, bool) if weights is None else lax.stop_gradient(weights)
+    masked = [axis for axis in axes if weights.shape[axis] != 1]
+    places = {
+        axis: _spread(x.shape[axis], _turns(level, x.ndim))
+        for level, axis in enumerate(axes)
+        if axis not in masked
+    }
+    left, found = weights[None], is_valid(weights)[None]
+    if masked:
+        drawn, found = _draw(left, axes, masked[:1], _turns(0, x.ndim))
+        places |= drawn
+    if masked[1:]:
+        left = jnp.take_along_axis(left, places[masked[0]], 1 + masked[0], mode="promise_in_bounds")
+        drawn, found = _draw(left, axes, masked[1:], _turns(1, x.ndim))
+        places |= drawn
+    own = tuple(axis for axis in range(x.ndim) if axis not in axes and weights.shape[axis] != 1)
+    rows = _rows_at(lax.stop_gradient(x), places, own)
+    return jnp.where(found, rows, jnp.zeros_like(rows))
+
+
+def _turns(level: int, ndim: int) -> Array:
+    """0 to 31 along a first axis, in another order at each level."""
+    in_order = lax.broadcasted_iota(np.int32, [_SHIFT_ROWS, *[1] * ndim], 0)
+    turns: Array = in_order * _LATTICE**level & (_SHIFT_ROWS - 1)
+    return turns
+
+
+def _spread(size: int, turns: Array) -> Array:
+    """turns * size / 32, rounded down; size may be symbolic, and the product beyond int32."""
+    rest = lax.div(turns * (size % _SHIFT_ROWS), np.int32(_SHIFT_ROWS))
+    return turns * (size // _SHIFT_ROWS) + rest
+
+
+def _draw(
+    weights: Array, axes: tuple[int, ...], group: list[int], turns: Array
+) -> tuple[dict[int, Array], Array]:
+    """For each turn a place along the axes of the group, by weight, and whether any has a weight.
+
+    Places lie on a circle, at angles place * golden ratio. Each turn starts at another angle and draws the
+    place that it comes to first, where one of twice the weight is half as far. That is one minimum, of
+    numbers whose last bits are the place: under jit of a sharded batch each further reduction is a
+    collective, and a prefix sum is several.
+    """
+    others = tuple(1 + axis for axis in axes if axis not in group)
+    share = jnp.sum(zero_masked(weights.astype(np.float32), weights), others, keepdims=True)
+    bits = {axis: _bits(share.shape[1 + axis]) for axis in group}
+    place = jnp.zeros([1] * share.ndim, np.int32)
+    for axis in group:
+        shape = [size if other == 1 + axis else 1 for other, size in enumerate(share.shape)]
+        place = place << bits[axis] | lax.broadcasted_iota(np.int32, shape, 1 + axis)
+    start = turns.astype(np.uint32) * np.uint32(2**32 // _SHIFT_ROWS)
+    angle = (place.astype(np.uint32) * _GOLDEN + start) >> 1
+    way = angle.astype(np.float32) / safe_count(share)
+    key = lax.bitcast_convert_type(way, np.int32)  # orders floats from 0 up as they are ordered
+    all_bits, none = sum(bits.values()), np.iinfo(np.int32).max
+    key = jnp.where(share > 0, key >> all_bits << all_bits | place, none)
+    first = jnp.min(key, [1 + axis for axis in group], keepdims=True)
+    found, drawn = first < none, {}
+    for axis in reversed(group):
+        drawn[axis] = jnp.where(found, first & ((1 << bits[axis]) - 1), 0)
+        first = first >> bits[axis]
+    return drawn, found
+
+
+def _bits(size: int) -> int | Array:
+    """How many bits hold a place along an axis of this size, which may be symbolic."""
+    if isinstance(size, int):
+        return (size - 1).bit_length()
+    return 32 - lax.clz(jnp.full((), size - 1, np.int32))
+
+
+def _rows_at(x: X, places: dict[int, Array], own: tuple[int, ...]) -> X:
+    """The rows at these places, along a new first axis; along the axes `own` each index has its own."""
+    shape = [_SHIFT_ROWS, *(x.shape[axis] for axis in own)]
+    shared = tuple(1 + axis for axis in range(x.ndim) if axis not in own)
+    index = [jnp.broadcast_to(lax.squeeze(place, shared), shape) for place in places.values()]
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=shared,
+        collapsed_slice_dims=(),
+        start_index_map=tuple(places),
+        operand_batching_dims=own,
+        start_indices_batching_dims=tuple(range(1, 1 + len(own))),
+    )
+    sizes = [1 if axis in places or axis in own else size for axis, size in enumerate(x.shape)]
+    return lax.gather(x, jnp.stack(index, -1), numbers, sizes, mode="promise_in_bounds")
 
 
 def _exact_mean(rows: Array, axes: tuple[int, ...]) -> Array:

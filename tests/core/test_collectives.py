@@ -101,12 +101,40 @@ def test_jit_gathers_nothing_and_sums_whole_channels(shape, cut):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_explicit_axes_gather_nothing(dtype):
-    explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-    x = jax.device_put(jnp.zeros((64, 8, 8, 4), dtype), jax.NamedSharding(explicit, P("data")))
-    run = functools.partial(core, axis_name=None)
-    with_gradients = optimized(jax.grad(lambda params, x: jnp.sum(jnp.sin(run(params, x)[0])), (0, 1)))
-    assert set(collectives(with_gradients.lower(PARAMS, x).compile().as_text())) == {"all-reduce"}
+def test_explicit_axes_cost_what_automatic_ones_do(dtype):
+    assert of_masked(AxisType.Explicit, P("data"), None, dtype) == ["all-reduce"] * 3
+
+
+# Under a mask: for the places of examples, for the mask of those, for their rows, for the sums, backward.
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("mask", "cut", "number"),
+    [
+        ((64,), P("data"), 4),
+        ((64,), P(None, "data"), 3),
+        ((64, 8), P("data"), 5),
+        ((64, 8), P(None, "data"), 5),
+        ((64, 8, 8, 4), P("data"), 5),
+        ((64, 8, 8, 4), P(None, "data"), 5),
+    ],
+    ids=str,
+)
+def test_a_mask_costs_two_more_for_the_shift_at_most(kind, mask, cut, number):
+    assert of_masked(kind, cut, mask, np.float32) == ["all-reduce"] * number
+
+
+def of_masked(kind, cut, shape, dtype):
+    """The collectives of a step with gradients, of a batch and a mask that are sharded alike."""
+    sharded = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    x = jax.device_put(jnp.zeros((64, 8, 8, 4), dtype), jax.NamedSharding(sharded, cut))
+    mask = None
+    if shape is not None:
+        mask = jax.device_put(jnp.ones(shape, bool), jax.NamedSharding(sharded, P(*cut[: len(shape)])))
+
+    def loss(params, x, mask):
+        return jnp.sum(jnp.sin(core(params, x, axis_name=None, mask=mask)[0]))
+
+    return collectives(optimized(jax.grad(loss, (0, 1))).lower(PARAMS, x, mask).compile().as_text())
 
 
 def traffic(devices):

@@ -37,11 +37,13 @@ def errors(x, batch_stats, **settings):
         lambda x: jbn.batch_norm(None, batch_stats, x, use_running_average=False, momentum=0.0, **settings)
     )
     y, new = step(x)
-    stats = reference.statistics(x, -1)
-    expected = reference.normalize(x, -1, None, None, 1e-5)
+    mask = settings.get("mask")
+    stats = reference.statistics(x, -1, mask)
+    expected = reference.normalize(x, -1, None, None, 1e-5, mask)
+    used = reference.full_weights(x, -1, mask) > 0
     var = np.abs(np.asarray(new["var"], np.float64) / stats.var.reshape(-1) - 1)
     chex.assert_tree_all_finite(y)
-    return var.max(), np.abs(np.asarray(y, np.float64) - expected).max()
+    return var.max(), np.abs(np.asarray(y, np.float64) - expected).max(where=used, initial=0)
 
 
 def normal(shape, location, spread=1.0):
@@ -67,8 +69,39 @@ def test_far_from_zero_with_converged_statistics(shape):
     assert_accurate(x, batch_stats)
 
 
-def test_far_from_zero_under_a_mask():
-    assert_accurate(normal((1024, 64), 1e4), jbn.init(64)[1], mask=np.ones(1024, bool))
+N, T, C = 64, 16, 32
+MASKS = {
+    "all": np.ones(N, bool),
+    "examples": np.arange(N) % 3 > 0,
+    "the end of an epoch": np.arange(N) < 5,
+    "lengths": np.arange(T) < 1 + np.arange(N)[:, None] % T,
+    "entries": np.random.default_rng(1).random((N, T, C)) < 0.5,
+    "other rows of each channel": np.arange(N)[:, None, None] // 2 == np.arange(C),
+    "weights": np.random.default_rng(1).uniform(0.1, 1, (N, T)).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("hidden", [np.nan, np.inf, 1e38, 0.0])
+@pytest.mark.parametrize("name", MASKS)
+def test_far_from_zero_under_a_mask(name, hidden):
+    x, mask = normal((N, T, C), 1e4), MASKS[name]
+    used = reference.full_weights(x, -1, mask) > 0
+    x = np.where(used, x, np.float32(hidden))
+    var, y = errors(x, jbn.init(C)[1], mask=mask)
+    assert var < 1e-6
+    assert y < 2e-6
+
+
+@pytest.mark.parametrize("hidden", [np.nan, np.inf, 1e38, 0.0])
+def test_one_row_that_is_left_has_no_variance(hidden):
+    """One of all, or another one of each channel."""
+    x = normal((N, 1, C), 1e4)
+    step = optimized(jbn.moments)
+    for mask in (np.arange(N) == 40, np.arange(N)[:, None, None] == 3 + np.arange(C)):
+        used = reference.full_weights(x, -1, mask) > 0
+        found = step(np.where(used, x, np.float32(hidden)), mask=mask)
+        np.testing.assert_array_equal(found.var, 0)
+        np.testing.assert_array_equal(found.mean, np.sum(x, (0, 1), where=used))
 
 
 def test_rows_far_out_cost_no_more_than_their_share():

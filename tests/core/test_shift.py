@@ -2,12 +2,14 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jbn
-from jbn._core.shift import pick_shift, subsample
+from jbn._core.shift import draw_rows, pick_shift, subsample
+from tests.support import reference
 from tests.support.compiling import optimized
 
 
@@ -39,13 +41,13 @@ def test_they_are_spread_over_the_batch():
 def test_equal_rows_have_exactly_their_value(value, dtype):
     """32 times 0.1, added one by one, is no multiple of it any more."""
     x = jnp.full((96, 3), value, dtype)
-    shift = optimized(lambda x: pick_shift(x, None, (0,), jnp.ones((1, 1))))(x)
+    shift = optimized(lambda x: pick_shift(x, None, (0,)))(x)
     np.testing.assert_array_equal(shift, x[:1].astype(np.float32))
 
 
 def test_rows_that_are_nearly_equal_have_a_shift_near_them():
     x = 1e4 + 1e-3 * np.arange(-32, 32, dtype=np.float32)[:, None]
-    shift = pick_shift(jnp.asarray(x, jnp.float32), None, (0,), jnp.ones((1, 1)))
+    shift = pick_shift(jnp.asarray(x, jnp.float32), None, (0,))
     assert x.min() <= float(shift[0, 0]) <= x.max()
 
 
@@ -70,3 +72,81 @@ def test_a_first_row_far_out_is_one_of_many(location, first, spread):
 @pytest.mark.parametrize("shape", [(16, 0), (4, 4, 0), (0, 3), (0, 0)])
 def test_nothing_to_measure(shape):
     assert jbn.moments(jnp.zeros(shape)).var.shape == shape[-1:]
+
+
+N, T, C = 96, 7, 16
+RANDOM = np.random.default_rng(5)
+MASKS = {
+    "all": np.ones(N, bool),
+    "two in three": np.arange(N) % 3 > 0,
+    "every 16th": np.arange(N) % 16 == 0,
+    "the first three": np.arange(N) < 3,
+    "all but one": np.arange(N) == 71,
+    "lengths": np.arange(T) < RANDOM.integers(0, T + 1, N)[:, None],
+    "one long sequence": np.arange(T) < np.where(np.arange(N) == 40, T, 0)[:, None],
+    "steps": (np.arange(T) > 4)[None, :, None],
+    "entries": RANDOM.random((N, T, C)) < 0.5,
+    "another row of each channel": np.arange(N)[:, None, None] == 5 * np.arange(C),
+    "another step of each channel": np.arange(T)[None, :, None] == np.arange(C) % T,
+    "weights": RANDOM.exponential(size=(N, T)).astype(np.float32) * (RANDOM.random((N, T)) < 0.5),
+    "weights of channels": RANDOM.exponential(size=(N, 1, C)).astype(np.float32),
+}
+AXES = {"channels last": (0, 1), "channels first": (0, 2), "channels in front": (1, 2)}
+
+
+def batch(mask):
+    """x in which every row is another, with NaN in what is masked, and the mask with x's rank."""
+    x = np.random.default_rng(0).standard_normal((N, T, C)).astype(np.float32)
+    used = reference.full_weights(x, -1, mask)
+    return np.where(used > 0, x, np.float32(np.nan)), mask.reshape(mask.shape + (1,) * (3 - mask.ndim)), used
+
+
+@pytest.mark.parametrize("place", AXES)
+@pytest.mark.parametrize("name", MASKS)
+def test_under_a_mask_rows_are_drawn_that_take_part(name, place):
+    x, mask, used = batch(MASKS[name])
+    order = {"channels last": (0, 1, 2), "channels first": (0, 2, 1), "channels in front": (2, 0, 1)}[place]
+    rows = draw_rows(jnp.asarray(x.transpose(order)), jnp.asarray(mask.transpose(order)), AXES[place])
+    rows = np.moveaxis(np.asarray(rows), 1 + order.index(2), -1).reshape(32, C)
+    for channel in range(C):
+        values = x[..., channel][used[..., channel] > 0]
+        assert np.isin(rows[:, channel], values).all()
+        assert len(np.unique(rows[:, channel])) >= min(len(values), 32) / 3
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_under_a_mask_the_shift_is_as_near_the_mean_as_that_of_a_few_rows(name):
+    """On average over channels; that of 32 random rows would be at 1/32 of the variance."""
+    x, mask, used = batch(MASKS[name])
+    shift = pick_shift(jnp.asarray(x), jnp.asarray(mask), (0, 1))
+    _, mean, var = reference.statistics(x, -1, used)
+    assert np.square(shift - mean).mean() <= 0.1 * var.mean()
+
+
+def test_a_row_is_drawn_as_often_as_it_weighs():
+    x, weights = jnp.arange(64.0)[:, None], np.ones((64, 1), np.float32)
+    weights[3], weights[40] = 62, 0
+    rows = np.asarray(draw_rows(x, jnp.asarray(weights), (0,)))
+    assert 13 <= (rows == 3).sum() <= 19  # half of the weight
+    assert (rows != 40).all()
+
+
+def test_where_nothing_takes_part_the_shift_is_0():
+    x = jnp.full((8, 3), np.nan, jnp.float32)
+    for mask in (np.zeros((8, 1), bool), np.zeros((1, 3), bool), np.zeros((8, 3), np.float32)):
+        np.testing.assert_array_equal(pick_shift(x, jnp.asarray(mask), (0,)), np.zeros((1, 3)))
+    one = jnp.asarray(np.arange(3)[None] == 1) & jnp.ones((8, 3), bool)
+    shift = pick_shift(jnp.where(one, jnp.float32(0.1), x), one, (0,))
+    np.testing.assert_array_equal(shift, np.float32([[0, 0.1, 0]]))
+
+
+@pytest.mark.parametrize("sizes", ["n, 7, 16", "n, t, 16"])
+@pytest.mark.parametrize("name", [None, "two in three", "lengths", "entries"])
+def test_of_symbolic_sizes_the_same_rows_are_drawn(name, sizes):
+    x, mask, _ = batch(np.ones(1, bool) if name is None else MASKS[name])
+    symbols = jax.export.symbolic_shape(sizes)
+    shape = [symbols[i] if size > 1 else 1 for i, size in enumerate(mask.shape)]
+    structs = jax.ShapeDtypeStruct(symbols, x.dtype), jax.ShapeDtypeStruct(shape, mask.dtype)
+    draw = jax.jit(functools.partial(draw_rows, axes=(0, 1)))
+    found = jax.export.export(draw)(*structs).call(x, mask)
+    np.testing.assert_array_equal(found, draw(x, mask))
