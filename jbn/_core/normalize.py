@@ -221,9 +221,9 @@ def _tangents_from_means(
 ) -> tuple[Array, Array, Array]:
     """The tangents of y, mean and var, from E[x_dot] and E[(x - mean) x_dot].
 
-    What the backward pass does with the cotangent of relu, it does twice: sums, and dx. As one expression XLA
-    would store it, so without a residual each has its own. With a residual it is stored in any case, being
-    the residual's gradient, and `relu_output` is y, which tells where relu passes.
+    What the backward pass does with the cotangent for a mask or relu, it does twice: sums, and dx. As one
+    expression XLA would store it, so each has its own. With a residual that of relu is stored in any case,
+    being the residual's gradient, and `relu_output` is y, which tells where relu passes.
     """
     x, weights, scale, _, _ = inputs
     _, _, scale_dot, bias_dot, residual_dot = tangent
@@ -244,9 +244,11 @@ def _tangents_from_means(
     x_dot_term = a * x_dot.astype(dtype)
     affine_term = xla.broadcast_affine(x, constant, slope, offset.astype(dtype), config.reduction.axes)
     if config.activation is not None and residual_dot is None:
-        y = _normalized(config, inputs, measured)
+        # What is masked is set to 0 below, and without weights y is simple enough not to be stored.
+        y = _normalized(config, inputs._replace(weights=None), measured)
         x_dot_term, affine_term = xla.both_where_positive(y, x_dot_term, affine_term)
-    y_dot = zero_masked(x_dot_term + affine_term, weights).astype(config.dtype)
+    y_dot = zero_masked(x_dot_term, weights) + xla.zero_masked_apart(affine_term, weights)
+    y_dot = y_dot.astype(config.dtype)
     if residual_dot is not None:
         y_dot = y_dot + residual_dot.astype(config.dtype)
     if relu_output is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jbn
-from tests.support.cases import assert_close
+from tests.support.cases import assert_close, assert_trees_close
 from tests.support.derivatives import (
     EPSILON,
     MASKS,
@@ -67,6 +67,29 @@ def test_second_order(mode, mask):
 def along(derive, f, z, v):
     """The derivative of f at z along v, by `derive`."""
     return derive(lambda t: f(z + t * v))(0.0)
+
+
+@pytest.mark.parametrize("kind", [bool, np.float64])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_cotangent_that_is_nan_where_masked_harms_no_second_derivative(activation, kind):
+    """Reverse over reverse: 0 times NaN would reach the gradient of scale."""
+    rng, mask = np.random.default_rng(0), np.arange(8) < 5
+    x, cotangent = rng.standard_normal((2, 8, 3))
+    params = {"scale": np.ones(3), "bias": np.zeros(3)}
+
+    def second(hidden):
+        def first(params, x):
+            def y(params, x):
+                settings = {"mask": mask.astype(kind), "activation": activation}
+                return jbn.batch_norm(params, None, x, use_running_average=False, **settings)[0]
+
+            pullback = jax.vjp(y, params, x)[1]
+            gradients = pullback(jnp.where(mask[:, None], cotangent, hidden))
+            return sum(jnp.sum(jnp.sin(part)) for part in jax.tree.leaves(gradients))
+
+        return jax.grad(first, (0, 1))(params, x)
+
+    assert_trees_close(second(np.nan), second(0.0), TOLERANCE)
 
 
 @pytest.mark.parametrize(
