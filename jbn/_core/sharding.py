@@ -47,9 +47,8 @@ def in_auto_mode(function: Callable[..., Array], x: X, spec: tuple[Any, ...]) ->
 
     So XLA finds out how each step is sharded, where JAX would have to be told.
     """
-    mesh = jax.typeof(x).sharding.mesh
     if not any(partition_spec(x)):
         return function
-    out = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    out = jax.sharding.NamedSharding(jax.typeof(x).sharding.mesh, jax.sharding.PartitionSpec(*spec))
     automatic: Callable[..., Array] = jax.sharding.auto_axes(function, out_sharding=out)
     return automatic
