@@ -107,7 +107,7 @@ def draw_rows(x: X, weights: Array | None, axes: tuple[int, ...]) -> X:
 def _turns(level: int, ndim: int) -> Array:
     """0 to 31 along a first axis, in another order at each level."""
     in_order = lax.broadcasted_iota(np.int32, [_SHIFT_ROWS, *[1] * ndim], 0)
-    turns: Array = in_order * _LATTICE**level & (_SHIFT_ROWS - 1)
+    turns: Array = in_order * (_LATTICE**level % _SHIFT_ROWS) & (_SHIFT_ROWS - 1)
     return turns
 
 

@@ -150,3 +150,10 @@ def test_of_symbolic_sizes_the_same_rows_are_drawn(name, sizes):
     draw = jax.jit(functools.partial(draw_rows, axes=(0, 1)))
     found = jax.export.export(draw)(*structs).call(x, mask)
     np.testing.assert_array_equal(found, draw(x, mask))
+
+
+def test_x_may_have_many_axes():
+    """Powers that order the places of each axis stay within int32."""
+    x = jnp.arange(2.0**11).reshape((2,) * 11 + (1,))
+    rows = draw_rows(x, None, tuple(range(11)))
+    assert len(np.unique(rows)) >= 16
