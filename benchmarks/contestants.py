@@ -85,7 +85,7 @@ def linen(setting, make, inside=False):
         return y, new["batch_stats"]
 
     def fused(params, state, x, residual=None, relu=False, mask=None):
-        layer = make(activation="relu" if relu else None)
+        layer = make(activation="relu") if relu else make()
         more = {"mask": mask, "mutable": ["batch_stats"]}
         y, new = layer.apply(variables(params, state), x, residual=residual, **more)
         return y, new["batch_stats"]

@@ -28,6 +28,11 @@ LIMITS = {
     "training": (3.1, 8.1, 3.1, 8.1),
     "relu": (3.1, 8.1, 3.1, 8.1),
     "relu and residual": (4.1, 12.1, 4.1, 12.1),
+    "silu": (3.1, 8.1, 3.1, 8.1),
+    "gelu": (3.1, 8.1, 3.1, 8.1),
+    "leaky_relu": (3.1, 8.1, 3.1, 8.1),
+    "hard_swish": (3.1, 8.1, 3.1, 8.1),
+    "tanh": (3.1, 10.1, 3.1, 10.1),
     "ghost batches": (3.1, 10.1, 3.1, 10.1),
     "renorm": (3.1, 8.1, 3.1, 8.1),
     "mask of [N]": (3.1, 8.1, 3.1, 8.1),
@@ -86,7 +91,8 @@ def of_layer(name, dtype):
     mask = None if mask is None else jax.ShapeDtypeStruct(mask, jnp.bool_, sharding=rows)
     residual = x if name == "relu and residual" else None
     setting = contestants.Setting(SHAPE, dtype, training=name != "evaluation")
-    layer = contestants.linen(setting, functools.partial(BatchNorm, **OPTIONS.get(name, {})), inside=True)
+    options = OPTIONS.get(name, {"activation": getattr(jax.nn, name, None)})
+    layer = contestants.linen(setting, functools.partial(BatchNorm, **options), inside=True)
 
     def apply(params, state, x):
         (params, residual), (state, mask) = params, state

@@ -6,12 +6,12 @@ Everything here works on arrays of x's rank: statistics and parameters are 1 alo
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jbn._core.activation import Activation, DerivativeForm
 from jbn._core.devices import Reduction
 from jbn._core.dtypes import compute_dtype, reduction_dtype
 from jbn._core.statistics import inverse_std
@@ -26,7 +26,12 @@ class NormConfig:
     reduction: Reduction
     epsilon: float
     dtype: np.dtype
-    activation: str | None = None
+    activation: Activation | None = None
+
+    @property
+    def derivative_form(self) -> DerivativeForm | None:
+        """That of the activation."""
+        return None if self.activation is None else self.activation.form
 
 
 class Inputs(NamedTuple):
@@ -52,7 +57,7 @@ def normalize_with(
     y = affine(offset, delta, var.astype(reduction_dtype(dtype)), scale, bias, config)
     y = zero_masked_overflow(y, weights)
     y = y if weights is None else jnp.where(is_valid(weights), y, lax.stop_gradient(y))
-    return epilogue(y, residual, config)
+    return epilogue(y, residual, config.activation)
 
 
 def affine(
@@ -81,8 +86,8 @@ def affine(
     return (y if constant is None else y + constant).astype(config.dtype)
 
 
-def epilogue(y: Array, residual: Array | None, config: NormConfig) -> Array:
-    """relu(y + residual), each as a step of its own: the values of the separate operations in every dtype."""
+def epilogue(y: Array, residual: Array | None, activation: Activation | None) -> Array:
+    """activation(y + residual), each a step of its own: the values of the separate operations."""
     if residual is not None:
         y = y + residual.astype(y.dtype)
-    return y if config.activation is None else jax.nn.relu(y)
+    return y if activation is None else activation.function(y)

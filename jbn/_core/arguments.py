@@ -15,7 +15,7 @@ from jbn._core.affine import Inputs, NormConfig
 from jbn._core.devices import Reduction
 from jbn._core.dtypes import as_numeric, output_dtype, unwrapped
 from jbn._core.errors import UnboundAxisError, describe, error, join_names
-from jbn._core.options import Options, check_options, prepare_axis_name
+from jbn._core.options import Options, check_options, prepare_activation, prepare_axis_name
 from jbn._core.sharding import num_shards, sharded_like
 from jbn._core.types import Axes, AxisName, BatchStats, Dtype, Params, X
 
@@ -75,7 +75,9 @@ def prepare(
         check_groups(options, x, axes)
     axis_name, groups = prepare_axis_name(options.axis_name, options.axis_index_groups)
     reduction = Reduction(axes, axis_name, groups, axis_size(axis_name, groups) if measures else 1)
-    config = NormConfig(reduction, float(options.epsilon), dtype, options.activation)
+    config = NormConfig(
+        reduction, float(options.epsilon), dtype, prepare_activation(options.activation, dtype)
+    )
     return Prepared(config, inputs, batch_stats, options)
 
 

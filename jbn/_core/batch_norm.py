@@ -13,7 +13,7 @@ from jbn._core.forward import apply
 from jbn._core.moments import Moments
 from jbn._core.options import Options, check_static
 from jbn._core.renorm import Renorm
-from jbn._core.types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, Params, X
+from jbn._core.types import ActivationLike, Axes, AxisIndexGroups, AxisName, Dtype, Flag, Params, X
 
 
 @public
@@ -88,7 +88,7 @@ def batch_norm(
     skip_nonfinite: bool = ...,
     virtual_batch_size: int | None = ...,
     renorm: Renorm | None = ...,
-    activation: str | None = ...,
+    activation: ActivationLike | None = ...,
     residual: Array | None = ...,
     dtype: Dtype | None = ...,
     blend: float | Array | None = ...,
@@ -114,7 +114,7 @@ def batch_norm(
     skip_nonfinite: bool = ...,
     virtual_batch_size: int | None = ...,
     renorm: Renorm | None = ...,
-    activation: str | None = ...,
+    activation: ActivationLike | None = ...,
     residual: Array | None = ...,
     dtype: Dtype | None = ...,
     blend: float | Array | None = ...,
@@ -140,7 +140,7 @@ def batch_norm(
     skip_nonfinite: bool = False,
     virtual_batch_size: int | None = None,
     renorm: Renorm | None = None,
-    activation: str | None = None,
+    activation: ActivationLike | None = None,
     residual: Array | None = None,
     dtype: Dtype | None = None,
     blend: float | Array | None = None,
@@ -202,8 +202,12 @@ def batch_norm(
       What happens after:
       residual: added to y; x's rank, and broadcasts to x. It is cast to y's dtype, and not masked: it is
         added where x is masked too.
-      activation: "relu" gives `relu(y + residual)`, with the values and gradients of the separate
-        operations. Of these the backward pass keeps nothing but the result.
+      activation: "relu", or any function of each entry of a real array, such as `jax.nn.silu` or
+        `functools.partial(jax.nn.leaky_relu, negative_slope=0.1)`: gives `activation(y + residual)`, with the
+        values and gradients of the separate operations. The backward pass keeps x, and computes the rest
+        again; with a residual also that, or for relu the result. What is static about it is the function
+        itself: define it once, since outside of jit each new one is compiled. `jax.nn.gelu` is computed as
+        y logistic(2 u) instead of y (1 + tanh(u)) / 2, which is the same.
       dtype: of y; None: x's.
       return_moments: whether the moments of the batch are returned too, in training and in evaluation: over
         all devices, and without masked entries. Training measures them in any case. Differentiable.

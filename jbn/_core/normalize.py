@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from jbn._core import xla
+from jbn._core.activation import DerivativeForm
 from jbn._core.affine import Inputs, NormConfig, affine, epilogue
 from jbn._core.devices import Reduction
 from jbn._core.dtypes import compute_dtype
@@ -122,7 +125,7 @@ def _normalize_by(
     """y by these moments of x, and the moments."""
     scale, bias = renormalized(config.epsilon, measured, reference, inputs.scale, inputs.bias)
     y = _normalized(config, inputs._replace(scale=scale, bias=bias), measured)
-    return epilogue(y, inputs.residual, config), measured
+    return epilogue(y, inputs.residual, config.activation), measured
 
 
 @_normalize_by.defjvp
@@ -144,7 +147,8 @@ def _normalize_by_jvp(
       checkpoints: inside of one, JAX would ask for the axis when it is no longer bound. Without one there is
       one: each keeps a copy of x of its own where the caller's `jax.checkpoint` is around.
     - relu needs no mask to be kept: where it passes, y is positive. With a residual that is seen from y,
-      which the next layer keeps anyway; without one it is computed again from x.
+      which the next layer keeps anyway; without one it is computed again from x. The derivative of other
+      activations is computed again from x, and from the residual where there is one.
     - The moments have tangents too. Their first use is the second derivative: this rule, differentiated,
       asks how they move with x.
     """
@@ -155,9 +159,13 @@ def _normalize_by_jvp(
     (scale, bias), (scale_dot, bias_dot) = jax.jvp(
         corrected, (inputs.scale, inputs.bias), (tangent.scale, tangent.bias)
     )
-    inputs = inputs._replace(scale=scale, bias=bias, residual=None)
+    inputs = inputs._replace(scale=scale, bias=bias)
     tangent = tangent._replace(weights=None, scale=scale_dot, bias=bias_dot)
-    relu_output = None if tangent.residual is None or config.activation is None else y
+    relu_output = None
+    if config.derivative_form in (None, DerivativeForm.RELU):
+        inputs = inputs._replace(residual=None)
+        if tangent.residual is not None and config.derivative_form is not None:
+            relu_output = y
     checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
     if config.reduction.axis_name is None:
         tangents_of = checkpoint(functools.partial(_tangents, config, lambda function: function))
@@ -221,9 +229,10 @@ def _tangents_from_means(
 ) -> tuple[Array, Array, Array]:
     """The tangents of y, mean and var, from E[x_dot] and E[(x - mean) x_dot].
 
-    What the backward pass does with the cotangent for a mask or relu, it does twice: sums, and dx. As one
-    expression XLA would store it, so each has its own. With a residual that of relu is stored in any case,
-    being the residual's gradient, and `relu_output` is y, which tells where relu passes.
+    What the backward pass does with the cotangent of an activation or a mask, it does several times: sums,
+    and dx. As one expression XLA would store it, so each has its own, as the `DerivativeForm` says. With a
+    residual that of the activation is stored in any case, being the residual's gradient; for relu
+    `relu_output` is then y, which tells where it passes.
     """
     x, weights, scale, _, _ = inputs
     _, _, scale_dot, bias_dot, residual_dot = tangent
@@ -241,16 +250,62 @@ def _tangents_from_means(
     if scale_dot is not None:
         slope = r.astype(dtype) * scale_dot.astype(dtype) + slope
     constant = constant - measured.delta.astype(dtype) * slope  # x - mean = offset - delta
-    x_dot_term = a * x_dot.astype(dtype)
-    affine_term = xla.broadcast_affine(x, constant, slope, offset.astype(dtype), config.reduction.axes)
-    if config.activation is not None and residual_dot is None:
-        # What is masked is set to 0 below, and without weights y is simple enough not to be stored.
-        y = _normalized(config, inputs._replace(weights=None), measured)
-        x_dot_term, affine_term = xla.both_where_positive(y, x_dot_term, affine_term)
-    y_dot = zero_masked(x_dot_term, weights) + xla.zero_masked_apart(affine_term, weights)
-    y_dot = y_dot.astype(config.dtype)
+    terms = (a * x_dot.astype(dtype), constant, slope, offset.astype(dtype))
+    tangent_of_y = functools.partial(_tangent_of_y, config, inputs, measured, *terms)
+    form = config.derivative_form if residual_dot is None else None
+    if form in (DerivativeForm.REPEATED, DerivativeForm.REPEATED_WIDE):
+        y_dot = xla.unless_on_cpu(tangent_of_y, form, DerivativeForm.STORED)
+    else:
+        y_dot = tangent_of_y(form)
     if residual_dot is not None:
         y_dot = y_dot + residual_dot.astype(config.dtype)
+    if inputs.residual is not None:
+        y_dot = y_dot * _activation_derivative(config, inputs, measured, config.dtype)
     if relu_output is not None:
         y_dot = jnp.where(xla.read_again(relu_output) > 0, y_dot, jnp.zeros_like(y_dot))
     return y_dot, mean_dot, 2 * half_var_dot
+
+
+def _tangent_of_y(
+    config: NormConfig,
+    inputs: Inputs,
+    measured: ShiftedMoments,
+    x_dot_term: Array,
+    constant: Array,
+    slope: Array,
+    offset: Array,
+    form: DerivativeForm | None,
+) -> Array:
+    """f'(y) (x_dot_term + constant + slope * offset), and 0 for entries that take no part."""
+    if form in (DerivativeForm.REPEATED, DerivativeForm.REPEATED_WIDE):
+        within = config
+        if form is DerivativeForm.REPEATED_WIDE:
+            within = dataclasses.replace(config, dtype=measured.var.dtype)
+        derivative = functools.partial(_activation_derivative, within, inputs, measured, offset.dtype)
+        x_dot_term = derivative(1) * x_dot_term
+        affine_term = derivative(2) * constant + derivative(3) * (slope * offset)
+    else:
+        affine_term = xla.broadcast_affine(inputs.x, constant, slope, offset, config.reduction.axes)
+    if form is DerivativeForm.RELU:
+        # What is masked is set to 0 below, and without weights y is simple enough not to be stored.
+        y = _normalized(config, inputs._replace(weights=None), measured)
+        x_dot_term, affine_term = xla.both_where_positive(y, x_dot_term, affine_term)
+    y_dot = zero_masked(x_dot_term, inputs.weights) + xla.zero_masked_apart(affine_term, inputs.weights)
+    y_dot = y_dot.astype(config.dtype)
+    if form is DerivativeForm.STORED:
+        y_dot = y_dot * _activation_derivative(config, inputs, measured, config.dtype)
+    return y_dot
+
+
+def _activation_derivative(
+    config: NormConfig, inputs: Inputs, measured: ShiftedMoments, dtype: np.dtype, use: int = 0
+) -> Array:
+    """f'(y + residual) of the activation f, from x again; each `use` is an expression of its own."""
+    assert config.activation is not None
+    front = tuple(range(use))
+    inputs, measured = jax.tree.map(lambda part: jnp.expand_dims(part, front), (inputs, measured))
+    before = epilogue(_normalized(config, inputs, measured), inputs.residual, None)
+    derivative = config.activation.derivative(before).astype(dtype)
+    if inputs.residual is None:  # a masked entry may hold what is NaN here, and NaN times 0 is NaN
+        derivative = zero_masked(derivative, inputs.weights)
+    return lax.squeeze(derivative, front)

@@ -11,10 +11,19 @@ import numpy as np
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Array
 
+from jbn._core.activation import (
+    RELU,
+    Activation,
+    activation_of,
+    first_mixing,
+    keeps_shape,
+    same_partial,
+    trace,
+)
 from jbn._core.dtypes import as_numeric, unwrapped
-from jbn._core.errors import describe, error
+from jbn._core.errors import ArgumentError, describe, error
 from jbn._core.renorm import Renorm
-from jbn._core.types import Axes, AxisIndexGroups, AxisName, X
+from jbn._core.types import ActivationLike, Axes, AxisIndexGroups, AxisName, X
 
 _NUMBERS = (int, float, np.number, np.ndarray, jax.Array)
 
@@ -38,7 +47,7 @@ class Options:
     # how they are used
     blend: float | Array | None = None
     # what happens after
-    activation: str | None = None
+    activation: ActivationLike | None = None
 
     @classmethod
     def of(cls, layer: Any) -> "Options":
@@ -87,17 +96,6 @@ def check_options(
             describe(options.blend),
             "a number from 0 to 1, a scalar array, or None",
             "It weighs the running statistics: 1 leaves the batch out.",
-        )
-    if options.activation is not None and (
-        options.activation != "relu" or jnp.issubdtype(dtype, jnp.complexfloating)
-    ):
-        given: Any = options.activation
-        named = f"the function {getattr(given, '__name__', type(given).__name__)}"
-        raise error(
-            "activation",
-            f"{named if callable(given) else describe(given)} for y of {dtype}",
-            "None, or 'relu' for a real y",
-            "Apply any other function to y.",
         )
 
 
@@ -233,6 +231,44 @@ def prepare_axis_name(
             "For example axis_name='data', axis_index_groups=[[0, 1], [2, 3]].",
         )
     return axis_name, fixed
+
+
+def prepare_activation(given: Any, dtype: np.dtype) -> Activation | None:
+    """The activation, checked: a function of each entry of a real array, by itself."""
+    if given is None:
+        return None
+    function = jax.nn.relu if isinstance(given, str) and given == "relu" else same_partial(given)
+    if not callable(function):
+        raise _activation_error(describe(given), "Pass the function itself, as in jax.nn.gelu.")
+    name = getattr(function, "func", function)
+    shown = f"the function {getattr(name, '__name__', type(name).__name__)}"
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise _activation_error(f"{shown} for y of {dtype}", "Apply it to y.")
+    if function is jax.nn.relu:
+        return RELU
+    if jax.tree.leaves(function) != [function]:
+        raise _activation_error(f"{shown}, which holds arrays", "They get no gradient here: apply it to y.")
+    try:
+        hash(function)
+        traced, result = trace(function, dtype)
+    except Exception as cause:
+        tried = f"{shown}, which raises {type(cause).__name__} for {dtype}[3,5]"
+        raise _activation_error(tried, "It has to be JAX's and take any shape: apply it to y.") from cause
+    if not keeps_shape(result, dtype):
+        made = f"{shown}, which makes {describe(result)} of {dtype}[3,5]"
+        raise _activation_error(made, "Apply what changes shape or dtype to y.")
+    if (mixing := first_mixing(traced)) is not None:
+        raise _activation_error(f"{shown}, in which {mixing} combines or moves entries", "Apply it to y.")
+    if any(isinstance(const, jax.core.Tracer) for const in traced.consts):
+        raise _activation_error(
+            f"{shown}, which closes over traced arrays", "They get no gradient here: apply it to y."
+        )
+    return activation_of(function, traced)
+
+
+def _activation_error(got: str, fix: str) -> ArgumentError:
+    expected = "None, 'relu', or a function of each entry of a real array, such as jax.nn.silu"
+    return error("activation", got, expected, fix)
 
 
 def is_number(value: Any) -> bool:

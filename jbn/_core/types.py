@@ -1,6 +1,6 @@
 """What arguments are: aliases for annotations."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from jaxtyping import Array, Bool, Num
@@ -13,6 +13,9 @@ AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
 
 AxisIndexGroups: TypeAlias = Sequence[Sequence[int]]
 """Which devices of the named axis normalize together."""
+
+ActivationLike: TypeAlias = str | Callable[[Array], Array]
+"""An elementwise function, or "relu"."""
 
 Dtype: TypeAlias = Any
 """Whatever `jnp.dtype` takes."""

@@ -7,6 +7,7 @@ a CPU, depends on that number.
 
 import enum
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -20,12 +21,13 @@ from jbn._core.sharding import partition_spec
 from jbn._core.types import X
 from jbn._core.weights import apply_weights
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # Of more than the most, XLA makes a loop that is not vectorized; of fewer than the least, too much is stored.
 _MOST_SUMMED_FIRST, _LEAST_SUMMED_FIRST = 16, 4
 
-_HINT_PLATFORM = "tpu"
+_HINT_PLATFORM, _STORING_PLATFORM = "tpu", "cpu"
 
 
 class DifferenceUse(enum.Enum):
@@ -136,6 +138,17 @@ def with_hint_on_tpu(with_hint: Callable[[], T], without: Callable[[], T]) -> T:
     return chosen
 
 
+def unless_on_cpu(function: Callable[[S], T], here: S, on_cpu: S) -> T:
+    """`function(here)`, and `function(on_cpu)` on CPUs; both give the same values, to rounding.
+
+    Where memory is slow beside arithmetic, it pays to compute the derivative of an activation three times.
+    On a CPU that takes two to three times as long as the activation outside of the layer.
+    """
+    stored = {_STORING_PLATFORM: functools.partial(function, on_cpu)}
+    chosen: T = lax.platform_dependent(**stored, default=functools.partial(function, here))
+    return chosen
+
+
 def in_order_of_gradients(inputs: Mapping[str, Any], x: X) -> tuple[dict[str, Any], dict[str, Any]]:
     """The inputs of a jitted function as two arguments, of which the first has the first gradient.
 
@@ -153,6 +166,33 @@ def both_where_positive(y: Array, first: Array, second: Array) -> tuple[Array, A
     """
     first = jnp.where(y <= 0, jnp.zeros_like(first), first)
     return first, jnp.where(y > 0, second, jnp.zeros_like(second))
+
+
+@jax.custom_jvp
+def gelu(y: Array) -> Array:
+    """GELU by a tanh, y (1 + tanh(u)) / 2, as y logistic(2 u): XLA for GPUs repeats a logistic, but no tanh.
+
+    8 passes instead of 10 and 16, in float32 and bfloat16, forward and backward. Far below 0 it keeps the
+    digits that 1 + tanh(u) loses. u = sqrt(2 / pi) (y + 0.044715 y^3).
+
+    Reference: Hendrycks and Gimpel 2016, arXiv 1606.08415.
+    """
+    return y * _gate(y)[0]
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (y,), (y_dot,) = primals, tangents
+    gate, slope = _gate(y)
+    return y * gate, y_dot * (
+        gate + gate * (1 - gate) * y * slope
+    )  # gate + y gate', gate' = gate (1 - gate) (2 u)'
+
+
+def _gate(y: Array) -> tuple[Array, Array]:
+    """logistic(2 u), and the derivative of 2 u."""
+    linear, cubic = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
+    return lax.logistic(y * (linear + cubic * (y * y))), linear + 3 * cubic * (y * y)
 
 
 def read_again(y: Array) -> Array:

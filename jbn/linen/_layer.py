@@ -20,7 +20,7 @@ from jbn._core.forward import apply
 from jbn._core.moments import Moments, checked_merge
 from jbn._core.options import Options, check_debias_init, check_static, counters
 from jbn._core.renorm import Renorm
-from jbn._core.types import Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
+from jbn._core.types import ActivationLike, Axes, AxisIndexGroups, AxisName, Dtype, Flag, X
 
 ONLY_TRAINING_MOMENTS: ContextVar[bool] = ContextVar("training_alone", default=False)
 """Whether moments are left in training mode alone: recalibration takes no others."""
@@ -73,7 +73,7 @@ class BatchNorm(nn.Module):
       skip_nonfinite: whether a batch whose statistics hold NaN or inf updates nothing.
       virtual_batch_size: how many examples are normalized together (ghost batch norm).
       renorm: limits of batch renormalization.
-      activation: "relu" gives `relu(y + residual)`.
+      activation: "relu", or an elementwise function such as `jax.nn.silu`; gives `activation(y + residual)`.
       blend: evaluation by `blend * running + (1 - blend) * batch` statistics, in frozen layers too; nothing
         is stored.
 
@@ -118,7 +118,7 @@ class BatchNorm(nn.Module):
     skip_nonfinite: bool = False
     virtual_batch_size: int | None = None
     renorm: Renorm | None = None
-    activation: str | None = None
+    activation: ActivationLike | None = None
     blend: float | Array | None = None
 
     @nn.compact

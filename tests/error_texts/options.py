@@ -1,5 +1,7 @@
 """Error texts of the options in full: alone, and where two of them do not go together."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -160,20 +162,45 @@ TEXTS = {
         "jbn.batch_norm: renorm is given for x = complex64[8,4,3]. Expected real x. No paper says "
         "how to clip a complex d.",
     ),
-    "another activation": (
+    "an activation by another name": (
         lambda: call(activation="gelu"),
-        "jbn.batch_norm: activation is 'gelu' for y of float32. Expected None, or 'relu' for a real y. "
-        "Apply any other function to y.",
-    ),
-    "an activation that is a function": (
-        lambda: call(activation=jax.nn.relu),
-        "jbn.batch_norm: activation is the function relu for y of float32. Expected None, or 'relu' "
-        "for a real y. Apply any other function to y.",
+        "jbn.batch_norm: activation is 'gelu'. Expected None, 'relu', or a function of each entry of a real "
+        "array, such as jax.nn.silu. Pass the function itself, as in jax.nn.gelu.",
     ),
     "relu of complex numbers": (
         lambda: call(x=Z, batch_stats=COMPLEX, activation="relu"),
-        "jbn.batch_norm: activation is 'relu' for y of complex64. Expected None, or 'relu' for a real "
-        "y. Apply any other function to y.",
+        "jbn.batch_norm: activation is the function relu for y of complex64. Expected None, 'relu', or a "
+        "function of each entry of a real array, such as jax.nn.silu. Apply it to y.",
+    ),
+    "an activation of whole rows": (
+        lambda: call(activation=jax.nn.softmax),
+        "jbn.batch_norm: activation is the function softmax, in which reduce_max combines or moves entries. "
+        "Expected None, 'relu', or a function of each entry of a real array, such as jax.nn.silu. Apply it "
+        "to y.",
+    ),
+    "an activation that fits one shape": (
+        lambda: call(activation=functools.partial(np.dot, b=np.eye(3, dtype=np.float32))),
+        "jbn.batch_norm: activation is the function dot, which raises TracerArrayConversionError for "
+        "float32[3,5]. Expected None, 'relu', or a function of each entry of a real array, such as "
+        "jax.nn.silu. It has to be JAX's and take any shape: apply it to y.",
+    ),
+    "an activation of another dtype": (
+        lambda: call(activation=jnp.isfinite),
+        "jbn.batch_norm: activation is the function isfinite, which makes bool[3,5] of float32[3,5]. "
+        "Expected None, 'relu', or a function of each entry of a real array, such as jax.nn.silu. Apply "
+        "what changes shape or dtype to y.",
+    ),
+    "an activation with parameters": (
+        lambda: call(activation=jax.tree_util.Partial(jax.nn.leaky_relu, negative_slope=jnp.ones(()))),
+        "jbn.batch_norm: activation is the function leaky_relu, which holds arrays. Expected None, 'relu', "
+        "or a function of each entry of a real array, such as jax.nn.silu. They get no gradient here: "
+        "apply it to y.",
+    ),
+    "an activation with a traced slope": (
+        lambda: jax.grad(lambda a: jnp.sum(call(activation=lambda y: a * y)[0]))(1.0),
+        "jbn.batch_norm: activation is the function <lambda>, which closes over traced arrays. Expected "
+        "None, 'relu', or a function of each entry of a real array, such as jax.nn.silu. They get no "
+        "gradient here: apply it to y.",
     ),
     "a residual of another shape": (
         lambda: call(residual=X[:4]),

@@ -35,8 +35,11 @@ def batch_norm(params, batch_stats, x, residual, *, axis, weights, epsilon, opti
     y = jnp.where(weights > 0, y, lax.stop_gradient(y))
     if residual is not None:
         y = y + residual
-    if options.get("activation"):
+    activation = options.get("activation")
+    if activation == "relu":
         y = jnp.where(y <= 0, 0.0, y)  # NaN stays NaN
+    elif activation is not None:
+        y = activation(y)
     return y, lax.stop_gradient(new)
 
 

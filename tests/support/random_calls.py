@@ -18,7 +18,7 @@ OPTIONS = {
     "skip_nonfinite": [False, True],
     "virtual_batch_size": [None, None, 1, 2, 3, 4, 8],
     "renorm": [None, jbn.Renorm(1.0, 0.0), jbn.Renorm(1.5, 0.5), jbn.Renorm(np.inf, np.inf)],
-    "activation": [None, "relu"],
+    "activation": [None, "relu", jnp.tanh, jax.nn.silu],
 }
 # Cut in 12, the last is on more devices than one table of moments is made for.
 LAYOUTS = [
@@ -56,7 +56,7 @@ WRONG = [
     ("renorm", (1.0, 0.0)),
     ("renorm", jbn.Renorm(0.5, 0.0)),
     ("activation", "gelu"),
-    ("activation", jax.nn.relu),
+    ("activation", jax.nn.softmax),
     ("dtype", np.int32),
     ("mask", np.ones(5, bool)),
     ("mask", "all"),
