@@ -24,8 +24,8 @@ import batches
 import jbn.tools
 import parallel
 from batches import Batch
-from curves import save_picture
 from errors import one_line_errors
+from figures import save_picture
 from idx import MNIST, Split, load_splits
 from models import Cnn
 from parallel import State, TrainStep

@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from batches import whole_batches
-from curves import LABEL, save_picture
 from errors import one_line_errors
+from figures import INK, LABEL, save_picture
 from idx import MNIST, NUM_CLASSES, Split, load_splits
 from jbn.linen import BatchNorm
 from parallel import State, initial_state, updated
@@ -222,7 +222,7 @@ def draw(histories: dict[str, History], output: Path) -> None:
 
 def draw_percentiles(axes: Axes, history: History, title: str) -> None:
     for percent, values in zip(PERCENTILES, history.typical().T, strict=True):
-        axes.plot(history.steps, values, color="0.2" if percent == 50 else "0.6", linewidth=1)
+        axes.plot(history.steps, values, color=INK, linewidth=1.5 if percent == 50 else 0.75)
         axes.annotate(f"{percent} %", (history.steps[-1], values[-1]), (2, 0), va="center", **LABEL)
     axes.set_title(title)
 

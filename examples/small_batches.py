@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 
 import jbn
 from batches import whole_batches
-from curves import LABEL, save_picture
 from errors import one_line_errors
+from figures import LABEL, save_picture
 from idx import MNIST, NUM_CLASSES, Split, load_splits
 from jbn.linen import BatchNorm
 from models import to_unit_range
