@@ -23,6 +23,7 @@ from benchmarks.processes import CPU, JOBS, TIMED, Failed, apart
 PARTS = {
     "traffic": "passes and peak memory of one layer, compiled ahead of time for an H100 and a TPU v5e",
     "resnet50": "gigabytes and peak memory of a ResNet-50 step, compiled ahead of time for the same",
+    "cost": "gigabytes and memory that batch norm adds to ResNet-50, compiled ahead of time for an H100",
     "collectives": "collectives and their bytes at 8 and at 256 devices",
     "memory": "what is kept for the backward pass, of a layer and, with parts computed again, of networks",
     "accuracy": "errors against float64",
