@@ -43,6 +43,12 @@ def take(split: Split, rows: np.ndarray, size: int, *, part: int = 0, num_parts:
     return Batch(split.images[rows[mine]], split.labels[rows[mine]], mask[mine])
 
 
+def check_seeds(seeds: int) -> None:
+    """Raises UsageError for fewer than one."""
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}: expected 1 or more")
+
+
 def whole_batches(seed: int, count: int, size: int, steps: int) -> np.ndarray:
     """The rows of each step, i64[steps, size], epoch after epoch, without what is left over at an end.
 

@@ -1,4 +1,4 @@
-"""Two small nets with batch norm between each linear layer and its relu, for images in and 10 classes out.
+"""Small nets with batch norm between each linear layer and its relu, for images in and 10 classes out.
 
 Linear layers before a batch norm have no bias: the mean that is subtracted would take it away again.
 """
@@ -48,6 +48,35 @@ class Mlp(nn.Module):
             x = nn.Dense(features, use_bias=False)(x)
             x = jbn.linen.BatchNorm(not train, momentum=self.momentum, axis_name=self.axis_name)(x, mask=mask)
             x = nn.relu(x)
+        return nn.Dense(NUM_CLASSES)(x)
+
+
+class Plain(nn.Module):
+    """Hidden layers on the bare pixels, with batch norm or without: what the experiments compare.
+
+    Attributes:
+      layers: how many hidden layers.
+      features: of each of them.
+      batch_norm: whether there is any. Without it a linear layer has a bias.
+      dropout: the share of the features of each hidden layer that training sets to 0.
+      momentum: as in `Cnn`.
+    """
+
+    layers: int
+    features: int
+    batch_norm: bool
+    dropout: float = 0.0
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        x = to_unit_range(images).reshape(images.shape[0], -1)
+        for _ in range(self.layers):
+            x = nn.Dense(self.features, use_bias=not self.batch_norm)(x)
+            if self.batch_norm:
+                x = jbn.linen.BatchNorm(not train, momentum=self.momentum)(x)
+            x = nn.relu(x)
+            x = nn.Dropout(self.dropout, deterministic=not train, rng_collection="noise")(x)
         return nn.Dense(NUM_CLASSES)(x)
 
 
