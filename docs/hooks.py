@@ -16,7 +16,7 @@ SHOWN = (
     "benchmarks/peaks.png",
     "examples/*.md",
     "examples/*.py",
-    "examples/pictures/*.png",
+    "examples/pictures/*",
 )
 
 

@@ -1,0 +1,74 @@
+"""docs/pages/explained.md and the runs behind it say the same: each number on the page comes from a file."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/pages/explained.md"
+PICTURES = ROOT / "examples/pictures"
+EXPERIMENTS = (
+    "one_unit",
+    "moving_distributions",
+    "deep_gradients",
+    "learning_rates",
+    "regularization",
+    "speech",
+    "language",
+)
+# What others report. Everything else with a decimal point or a percent sign is measured.
+CITED = {"99.3", "99.2", "97.6", "0.2", "0.3"}
+COST = "## cost"
+
+
+def plain(text):
+    """Without the marks and the line breaks of a quotation."""
+    return re.sub(r"\s+", " ", re.sub(r"(?m)^> ?", "", text))
+
+
+def said(name):
+    """What the example says of the numbers that are kept beside its picture."""
+    example = importlib.import_module(name)
+    numbers = json.loads((PICTURES / f"{name}.json").read_text())["numbers"]
+    tables = [example.report(numbers)] if hasattr(example, "report") else []
+    return [example.sentence(numbers), *tables]
+
+
+def cost():
+    """The table of what batch norm costs, in the results of the benchmarks, and the share that follows."""
+    section = (ROOT / "benchmarks/RESULTS.md").read_text().partition(f"\n{COST}\n")[2].partition("\n## ")[0]
+    table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+    ours, bias = (float(row) for row in re.findall(r"(?m)^\| [a-z].*? \| ([\d.]+) \(", table))
+    return [table, f"{1 - bias / ours:.0%}".replace("%", " %")]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_page_shows_what_was_measured(name):
+    page = PAGE.read_text()
+    for target in (f"pictures/{name}.png", f"{name}.py", f"pictures/{name}.json"):
+        assert f"](../../examples/{target})" in page
+    for text in said(name):
+        assert plain(text) in plain(page)
+
+
+def test_the_page_shows_what_the_benchmarks_counted():
+    for text in cost():
+        assert plain(text) in plain(PAGE.read_text())
+
+
+def test_every_number_on_the_page_comes_from_a_file():
+    page = plain(re.sub(r"(?ms)^```.*?^```$|\]\(.*?\)", "", PAGE.read_text()))
+    for text in [*(text for name in EXPERIMENTS for text in said(name)), *cost()]:
+        page = page.replace(plain(text), "")
+    left = re.findall(r"\d[\d,]*\.\d+|\d+(?= ?%)", page)
+    assert set(left) == CITED
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_numbers_say_how_they_came_about(name):
+    content = json.loads((PICTURES / f"{name}.json").read_text())
+    assert {"steps"} < set(content["settings"]) <= {"steps", "seed", "seeds"}
+    assert {"python", "jbn", "jax", "flax"} <= set(content["versions"])
