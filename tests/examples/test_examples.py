@@ -20,74 +20,10 @@ import parallel
 import small_batches
 from batches import take, whole_batches
 from errors import UsageError
-from idx import MNIST, Split, load_splits
 from tests.support.cases import assert_close, assert_trees_close
+from tests.support.gallery import assert_learns, difference, four, watched
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:%|e[-+]\d+)?")
-TRAIN_SIZE, TEST_SIZE = 6000, 500
-
-
-@pytest.fixture(scope="module")
-def mnist():
-    """The first images of both sets."""
-    train_set, test_set = load_splits(MNIST)
-    return first(train_set, TRAIN_SIZE), first(test_set, TEST_SIZE)
-
-
-def first(split, count):
-    return Split(split.images[:count], split.labels[:count])
-
-
-@pytest.fixture
-def run(mnist, tmp_path, monkeypatch, capsys):
-    """Runs an example, some of its names changed: what it returns, and the numbers of its last sentence."""
-
-    def run(example, steps, **changes):
-        for name, value in {"load_splits": lambda folder: mnist, **changes}.items():
-            monkeypatch.setattr(example, name, value)
-        monkeypatch.chdir(tmp_path)
-        found = example.main(steps=steps)
-        sentence = capsys.readouterr().out.splitlines()[-1]
-        assert sentence.endswith(".")
-        pictures = list(tmp_path.rglob("*.png"))
-        assert len(pictures) == ("output" in example.main.__annotations__)
-        assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
-        return found, NUMBER.findall(sentence)
-
-    return run
-
-
-def watched(function, calls):
-    """The function, which notes in a list of what it was called with and what it returned."""
-
-    def watching(*arguments):
-        result = function(*arguments)
-        calls.append((arguments, jax.device_get(result)))
-        return result
-
-    return watching
-
-
-def four(*numbers):
-    """With four digits, as the examples print them."""
-    return [f"{number:.4f}" for number in numbers]
-
-
-def assert_learns(*accuracies):
-    """So many of the test images, and better than chance, which is 0.1.
-
-    With four instruction sets and five seeds these are 0.67 to 0.90, and each of them within 0.1.
-    """
-    for accuracy in accuracies:
-        assert accuracy * TEST_SIZE == pytest.approx(round(accuracy * TEST_SIZE))
-        assert 0.3 < accuracy <= 1
-
-
-def difference(one, other):
-    """The largest between the numbers of two trees."""
-    differences = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), one, other)
-    return np.max(jax.tree.leaves(differences))
 
 
 @pytest.mark.training
@@ -201,13 +137,12 @@ def test_kinds_that_measure_the_same_images_learn_the_same(run):
 def test_the_gallery_shows_every_example():
     folder = Path(models.__file__).parent
     text = (folder / "README.md").read_text()
+    page = (folder.parent / "docs/pages/explained.md").read_text()
     examples = {path.name for path in folder.glob("*.py") if "__main__" in path.read_text()}
     assert "mnist.py" in examples
-    listed, pictures = (
-        set(re.findall(pattern, text)) for pattern in (r"(?m)^\| \[`(.*?)`\]", r"\]\((pictures/.*?)\)")
-    )
-    assert listed == examples
-    assert pictures == {f"pictures/{path.name}" for path in (folder / "pictures").iterdir()}
+    assert set(re.findall(r"(?m)^\| \[`(.*?)`\]", text)) == examples
+    shown = set(re.findall(r"!\[[^]]*\]\(.*?pictures/(.*?)\)", text + page))
+    assert shown == {path.name for path in (folder / "pictures").glob("*.png")}
 
 
 def test_whole_batches_go_through_the_data_epoch_by_epoch():

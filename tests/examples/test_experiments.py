@@ -1,0 +1,251 @@
+"""The experiments of docs/pages/explained.md: each runs for a few steps, and measures what it says."""
+
+import json
+from functools import partial
+
+import jax
+import matplotlib.colors
+import numpy as np
+import pytest
+
+import deep_gradients
+import figures
+import language
+import learning_rates
+import moving_distributions
+import one_unit
+import regularization
+import sequences
+import speech
+from errors import UsageError
+from models import Plain
+from tests.support.cases import assert_close
+from tests.support.gallery import TEST_SIZE, four
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def assert_shares(count, accuracies):
+    """Each a share of so many examples, to the digits that are kept."""
+    found = np.array(accuracies) * count
+    np.testing.assert_allclose(found, np.round(found), atol=0.01)
+    assert np.all((found >= 0) & (found <= count))
+
+
+@pytest.mark.training
+def test_a_batch_of_one_unit_is_normalized_in_training(run):
+    numbers, said = run(one_unit, 3)
+    (mean, deviation), (seen, spread) = numbers["training"]["x"], numbers["evaluation"]["normalized"]
+    shown = [f"{abs(number):.2f}" for number in (mean, deviation)]
+    assert said == [*shown, "0", "1", *(f"{abs(number):.2f}" for number in (seen, spread))]
+    # Epsilon makes the deviation 1 / sqrt(1 + epsilon / var).
+    expected = deviation / np.sqrt(deviation**2 + 1e-5)
+    assert_close(np.array(numbers["training"]["normalized"]), np.array([0.0, expected]), 1e-5)
+
+
+@pytest.mark.training
+def test_the_noise_says_what_was_measured(run):
+    numbers, said = run(moving_distributions, 2, STEPS_PER_CALL=1, GOAL=0.0)
+    without, ours, noisy = numbers.values()
+    accuracies = [found["accuracies"][-1] for found in (noisy, ours, without)]
+    assert_shares(TEST_SIZE, accuracies)
+    moved = [f"{found['moved']:.3f}" for found in (noisy, ours, without)]
+    assert said == ["0%", "1", "1", "1", *four(*accuracies), *moved]
+    assert all(found["steps"] == [1, 2] for found in numbers.values())
+
+
+def test_noise_has_another_mean_and_deviation_for_each_unit_and_step():
+    one, other = (np.asarray(moving_distributions.noise(jax.random.key(i), (20_000, 8))) for i in range(2))
+    for found in (one, other):
+        assert np.all(np.abs(found.mean(0)) < 0.52)
+        assert np.all(found.std(0) < 0.52)
+        assert np.ptp(found.mean(0)) > 0.1
+        assert np.ptp(found.std(0)) > 0.1
+    assert np.max(np.abs(one.mean(0) - other.mean(0))) > 0.1
+
+
+def test_noise_is_in_training_alone(mnist):
+    images = mnist[0].images[:8]
+    quiet, noisy = moving_distributions.Net(True, False), moving_distributions.Net(True, True)
+    variables = quiet.init(jax.random.key(0), images, train=False)
+    np.testing.assert_array_equal(*(net.apply(variables, images, train=False) for net in (quiet, noisy)))
+    options = {"train": True, "rngs": {"noise": jax.random.key(1)}, "mutable": ["batch_stats"]}
+    one, other = (net.apply(variables, images, **options)[0] for net in (quiet, noisy))
+    assert np.max(np.abs(one - other)) > 1e-2
+
+
+def test_gradients_grow_as_theory_says():
+    """Over twenty seeds the growth is 1.453, with a deviation of 0.003: the limit is 0.015 away."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = {
+        name: deep_gradients.growth(
+            np.stack([deep_gradients.log_gradient_norms(deep_gradients.KINDS[name], key) for key in keys])
+        )
+        for name in ("relu, batch norm", "sigmoid")
+    }
+    np.testing.assert_allclose(found["relu, batch norm"], np.pi / (np.pi - 1), rtol=0.02)
+    assert np.all(found["sigmoid"] < 0.1)
+
+
+@pytest.mark.training
+def test_deep_nets_say_what_was_measured(run):
+    jax.clear_caches()  # what the test before compiled has other sizes
+    sizes = {"DEPTH": 4, "SETTLED": 2, "WIDTH": 8, "ROWS": 16, "DEPTHS": (1, 2), "NARROW": 8, "RATES": (0.1,)}
+    kinds = {name: deep_gradients.KINDS[name] for name in ("relu", "relu, batch norm")}
+    numbers, said = run(deep_gradients, 2, {"seeds": 2}, KINDS=kinds, **sizes)
+    found = numbers["relu, batch norm"]["growth"]
+    shown = [np.mean(found), min(found), max(found)]
+    assert said == [*(f"{number:.3f}" for number in shown), "2", "1.467"]
+    for one in numbers.values():
+        assert_shares(TEST_SIZE, one["accuracies"])
+        assert len(one["accuracies"]) == 2
+        assert len(one["log10 norms"]) == 4
+        assert one["log10 norms"][-1] == 0
+
+
+def test_layers_in_a_loop_are_the_layers_one_by_one():
+    kind = deep_gradients.KINDS["relu, batch norm, skip"]
+    params, stats = deep_gradients.init(kind, 3, 8, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+    found, _ = deep_gradients.layers(kind, params, stats, x, train=True)
+    x = np.asarray(x, np.float64)
+    for w in np.asarray(params["w"], np.float64):
+        y = x @ w
+        x = x + np.maximum(0, (y - y.mean(0)) / np.sqrt(y.var(0) + 1e-5))
+    assert_close(found, x, 1e-5)
+
+
+@pytest.mark.training
+def test_learning_rates_say_what_was_measured(run):
+    rates = (0.01, 0.1, 1.0)
+    numbers, said = run(learning_rates, 20, RATES=rates)
+    assert numbers["rates"] == list(rates)
+    ours, plain = np.array(numbers["with"]), np.array(numbers["without"])
+    best = [rates[found.argmax()] for found in (ours, plain)]
+    largest = [
+        max((r for r, a in zip(rates, found, strict=True) if a > 0.5), default=0) for found in (ours, plain)
+    ]
+    expected = [ours.max(), best[0], plain.max(), best[1], 0.01, ours[0], plain[0], *largest]
+    assert [float(number) for number in said] == pytest.approx(expected, abs=1e-4)
+    assert_shares(TEST_SIZE, [ours, plain])
+
+
+@pytest.mark.training
+def test_regularization_says_what_was_measured(run):
+    kinds = {name: regularization.KINDS[name] for name in ("without", "with both")}
+    numbers, said = run(regularization, 2, {"seeds": 2}, FEW=16, SIZES=(4,), KINDS=kinds)
+    lowest = min(min(found["train"]) for found in numbers.values())
+    widest = max(max(found["deviation"]) for found in numbers.values())
+    assert said == [f"{lowest:.3f}", f"{widest:.3f}"]
+    for found in numbers.values():
+        assert_shares(16 * 2, found["train"])
+        assert_shares(TEST_SIZE * 2, found["test"])
+
+
+def test_dropout_and_batch_norm_are_in_the_net_that_asks_for_them(mnist):
+    images = mnist[0].images[:8]
+    for batch_norm, dropout in regularization.KINDS.values():
+        net = Plain(2, 16, batch_norm, dropout)
+        variables = net.init(jax.random.key(0), images, train=False)
+        assert ("batch_stats" in variables) == batch_norm
+        options = {"train": True, "mutable": ["batch_stats"]}
+        one, other = (
+            net.apply(variables, images, rngs={"noise": jax.random.key(i)}, **options)[0] for i in range(2)
+        )
+        assert np.array_equal(one, other) == (dropout == 0)
+
+
+def test_the_utterances_are_those_of_the_paper():
+    train_set, test_set = speech.load("TRAIN"), speech.load("TEST")
+    assert np.bincount(train_set.labels).tolist() == [30] * 9
+    assert np.bincount(test_set.labels).tolist() == [31, 35, 88, 44, 29, 24, 40, 50, 29]
+    for one, longest in ((train_set, 26), (test_set, 29)):
+        assert one.values.shape == (len(one.labels), 29, 12)
+        lengths = one.mask.sum(1)
+        assert (lengths.min(), lengths.max()) == (7, longest)
+        assert not np.any(one.values[~one.mask])
+    np.testing.assert_allclose(train_set.values[0, :3, 0], [1.860936, 1.891651, 1.939205])
+
+
+def test_padding_changes_nothing(x64):
+    """Neither the logits nor the statistics of the convolutional net."""
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=(length, 3)) for length in (4, 7, 5)]
+    net = sequences.Fcn(2, True, (4, 6, 4))
+    found = []
+    for length in (7, 12):
+        batch = sequences.padded(values, [0, 1, 0], length)
+        variables = net.init(jax.random.key(0), batch.values, batch.mask, train=False)
+        found.append(net.apply(variables, batch.values, batch.mask, train=True, mutable=["batch_stats"]))
+    (one, stats), (other, other_stats) = found
+    assert_close(one, other, 1e-6)
+    jax.tree.map(lambda *both: assert_close(*both, 1e-6), stats, other_stats)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("example", [speech, language])
+def test_sequences_say_what_was_measured(example, run):
+    few = (4, 4, 4)
+    small = {"Fcn": partial(sequences.Fcn, features=few)} if example is speech else {"FEATURES": few}
+    numbers, said = run(example, 2, {"seeds": 2}, **small)
+    ours, plain = (np.array(numbers[kind]) for kind in ("with", "without"))
+    expected = [f"{100 * value:.1f}" for one in (ours, plain) for value in (one.mean(), one.std())]
+    if example is speech:
+        assert said == ["2", *expected]
+        assert_shares(370, [ours, plain])
+    else:
+        count = numbers["names"][1]
+        assert said == [f"{count:,}", *expected, "2", f"{100 * numbers['naive Bayes']:.1f}"]
+        assert_shares(count, [ours, plain])
+
+
+def test_no_place_and_no_name_is_in_both_sets():
+    train_set, test_set = language.load()
+    assert min(len(train_set.names), 4 * len(test_set.names)) > 2000
+    assert not set(train_set.names) & set(test_set.names)
+    for names, labels in (train_set, test_set):
+        assert len(set(names)) == len(names) == len(labels)
+        assert max(map(len, names)) <= language.LONGEST
+    labels = dict(zip(train_set.names + test_set.names, train_set.labels + test_set.labels, strict=True))
+    assert "berlin" not in labels
+    for place in (("frankreich", "ranska", "prancis"), ("deutschland", "saksa", "jerman")):
+        assert [language.LANGUAGES[labels[name]] for name in place] == ["de", "fi", "id"]
+        assert len({name in train_set.names for name in place}) == 1
+
+
+def test_naive_bayes_counts_runs_of_characters(monkeypatch):
+    monkeypatch.setattr(language, "LANGUAGES", ("one", "other"))
+    assert language.runs("ab") == ["^", "a", "b", "$", "^a", "ab", "b$", "^ab", "ab$"]
+    train_set = language.Names(["ab", "ac", "ad", "ae", "a"], [0, 0, 0, 0, 1])
+    # The first language has more of each run, and less of them for what it has in all.
+    assert language.naive_bayes(train_set, language.Names(["a", "b", "c"], [1, 0, 1])) == 2 / 3
+
+
+@pytest.mark.parametrize("example", [deep_gradients, regularization, speech, language])
+def test_no_seed_at_all_is_a_mistake(example):
+    with pytest.raises(UsageError, match="--seeds 0: expected 1 or more"):
+        example.main(seeds=0)
+
+
+def luminance(color):
+    """As the guidelines for accessible pages define it."""
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(color)
+    ]
+    return np.dot([0.2126, 0.7152, 0.0722], linear)
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#1e2129"])  # of the site: light and dark
+@pytest.mark.parametrize("color", [figures.INK, *figures.COLORS.values()])
+def test_pictures_can_be_read_on_light_and_on_dark_pages(color, page):
+    low, high = sorted([luminance(color), luminance(page)])
+    assert (high + 0.05) / (low + 0.05) >= 3
+
+
+def test_numbers_are_kept_with_settings_and_versions(tmp_path):
+    numbers = figures.save_numbers(tmp_path / "one.png", {"a": [1 / 3, 2], "b": {"c": None}}, seed=3)
+    assert numbers == {"a": [0.333333, 2], "b": {"c": None}}
+    content = json.loads((tmp_path / "one.json").read_text())
+    assert content["numbers"] == numbers
+    assert content["settings"] == {"seed": 3}
+    assert {"python", "jbn", "jax"} <= set(content["versions"])
