@@ -21,7 +21,8 @@ class MetricsFile:
     """Rows of one training run, each written through to the disk at once.
 
     The columns are `step`, `epoch`, `loss` (of that step's batch), `learning_rate`, `test_accuracy` (where
-    an epoch ends, else empty), and percentiles over channels of every batch norm's running statistics.
+    an epoch ends, else empty), and of the batch norms either percentiles over channels of every one's running
+    statistics or, for nets that have dozens, the largest `drift` of evaluation from training.
     """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
@@ -61,11 +62,24 @@ def percentile_columns(batch_stats: ArrayTree) -> dict[str, float]:
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draws loss and test accuracy above, and below how the running statistics of each batch norm move."""
+    """Draws loss and test accuracy, and beside or below them what is known of the batch norms."""
     rows = read_metrics(metrics)
     if not rows:
         return
     columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    if "drift" in columns:
+        figure = Figure(figsize=(13.0, 3.8), layout="constrained")
+        loss_axes, accuracy_axes, drift_axes = figure.subplots(1, 3)
+        _draw_loss(loss_axes, columns)
+        _draw_accuracy(accuracy_axes, columns)
+        _draw_drift(drift_axes, columns)
+    else:
+        figure = _draw_with_statistics(columns)
+    save_picture(figure, picture)
+
+
+def _draw_with_statistics(columns: Mapping[str, np.ndarray]) -> Figure:
+    """Below loss and accuracy, how the running statistics of each batch norm move."""
     layers = list(dict.fromkeys(name.split("/mean/")[0] for name in columns if "/mean/" in name))
     figure = Figure(figsize=(3.0 * max(len(layers), 3), 8.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(2, 3))
@@ -78,7 +92,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
             _draw_statistic(axes, columns, layer, statistic)
     below.suptitle("running statistics of each batch norm, over its channels")
     below.supxlabel("step")
-    save_picture(figure, picture)
+    return figure
 
 
 def _draw_loss(axes: Axes, columns: Mapping[str, np.ndarray]) -> None:
@@ -101,6 +115,16 @@ def _draw_accuracy(axes: Axes, columns: Mapping[str, np.ndarray]) -> None:
     if len(steps):
         axes.set(xlim=(0, 1.15 * steps[-1]), ylim=(accuracy.min() - 0.2 * (1.01 - accuracy.min()), 1.0))
     axes.set(title="test accuracy after each epoch", xlabel="step")
+
+
+def _draw_drift(axes: Axes, columns: Mapping[str, np.ndarray]) -> None:
+    measured = np.isfinite(columns["drift"])
+    axes.plot(columns["step"][measured], columns["drift"][measured], "o-", color="tab:red")
+    axes.axhline(0.5, color="0.8", linewidth=1)
+    axes.annotate("evaluation suffers above", (0, 0.5), (2, 3), color="0.5", **LABEL)
+    axes.set(
+        title="largest drift of a batch norm", xlabel="step", ylabel="standard deviations", ylim=(0, None)
+    )
 
 
 def _draw_statistic(axes: Axes, columns: Mapping[str, np.ndarray], layer: str, statistic: str) -> None:

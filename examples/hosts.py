@@ -1,6 +1,8 @@
 """Devices and processes: how many take part, and how processes come to agree."""
 
 import contextlib
+import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,3 +66,10 @@ def from_main(tree: ArrayTree) -> ArrayTree:
     if jax.process_count() == 1:
         return tree
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def json_from_main(value: Any) -> Any:
+    """The main process's value, of whatever JSON can hold, in every process."""
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(from_main(np.array(len(content))))
+    return json.loads(from_main(np.resize(content, size)).tobytes())

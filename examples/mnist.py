@@ -120,7 +120,7 @@ class Run:
                 print(f"the earlier run in {output} is now in {earlier}")
             self.checkpoints = Checkpoints(output, create=not self.config.resume)
             if self.config.resume:
-                self.step, state = self.checkpoints.restore(state, self._settings())
+                self.step, state, _ = self.checkpoints.restore(state, self._settings())
                 print(f"resuming {output} at step {self.step} of {self.total_steps}")
             self.metrics = MetricsFile(output / "metrics.csv", last_step=self.step)
         step, state = hosts.from_main((np.array(self.step), state))

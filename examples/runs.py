@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from errors import UsageError
 
 CHECKPOINTS = "checkpoints"
+LEFT = (CHECKPOINTS, "metrics.csv", "curves.png", "norms.csv", "tensorboard", "model.safetensors")
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -18,8 +19,7 @@ def set_aside(folder: Path) -> Path | None:
     Returns:
       Where it is now, or None if there was nothing.
     """
-    left = [folder / name for name in (CHECKPOINTS, "metrics.csv", "curves.png")]
-    left = [path for path in left if path.exists()]
+    left = [folder / name for name in LEFT if (folder / name).exists()]
     if not left:
         return None
     number = 1
@@ -49,24 +49,27 @@ class Checkpoints:
             raise UsageError(f"--resume: {folder} holds no checkpoint")
         # This process alone takes part, though there may be more: no barrier, no shared disk needed.
         one = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, create=False, enable_async_checkpointing=False, multiprocessing_options=one
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, multiprocessing_options=one)
         self._manager = ocp.CheckpointManager(path, options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, settings: dict[str, Any]) -> None:
-        """Saves the state after `step` steps; once is enough. A half-written checkpoint does not count."""
+    def save(self, step: int, state: Any, settings: dict[str, Any], data: Any = None) -> None:
+        """Saves the state after `step` steps, while training goes on; once is enough.
+
+        A half-written checkpoint does not count. `data`: the state of what reads the data, if it has one.
+        """
         if step != self.latest_step():
             items = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings)
+                state=ocp.args.StandardSave(state),
+                settings=ocp.args.JsonSave(settings),
+                data=ocp.args.JsonSave(data),
             )
             self._manager.save(step, args=items)
 
-    def restore(self, like: Any, settings: dict[str, Any]) -> tuple[int, Any]:
-        """The latest checkpoint: its step, and its state in the structure of `like`.
+    def restore(self, like: Any, settings: dict[str, Any]) -> tuple[int, Any, Any]:
+        """The latest checkpoint: its step, its state in the structure of `like`, and the state of the data.
 
         Raises:
           UsageError: there is none, or it was trained by other settings and going on would mix two runs.
@@ -74,10 +77,11 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             raise UsageError(f"--resume: {self._folder} holds no checkpoint")
-        saved = self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))
+        json_items = ocp.args.Composite(settings=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
+        saved = self._manager.restore(step, args=json_items)
         check_same(saved["settings"], json.loads(json.dumps(settings)))
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        return step, self._manager.restore(step, args=items)["state"]
+        return step, self._manager.restore(step, args=items)["state"], saved["data"]
 
     def close(self) -> None:
         self._manager.close()

@@ -1,0 +1,278 @@
+"""Trains a ResNet on a folder of pictures, train/CLASS/*.jpg and val/CLASS/*.jpg (or png).
+
+    python examples/resnet/train.py --data-dir imagenet               ResNet-50, 90 epochs of SGD
+    python examples/resnet/train.py --data-dir imagenet --resume      goes on, bit for bit, where it stopped
+
+Checkpoints, metrics.csv, norms.csv, curves.png and model.safetensors go to the output folder.
+"""
+
+import functools
+import itertools
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from chex import ArrayTree
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what the examples share
+
+import hosts
+import jbn.tools
+import parallel
+from errors import Interrupted, UsageError, one_line_errors
+from progress import ProgressBar, StopRequest
+from resnet.data import CenterCrops, Pictures, RandomCrop, evaluation_batches, training_batches
+from resnet.log import Log
+from resnet.model import make_model, save_model
+from resnet.options import Config, check, settings
+from resnet.step import Report, State, make_evaluation_step, make_optimizer, make_train_step
+from runs import Checkpoints, set_aside
+
+LOG_EVERY = 10  # steps between rows of metrics.csv; each waits for the device, so not every step
+TOO_MANY = 20  # steps in a row with NaN gradients: the run is lost
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    with one_line_errors():
+        hosts.start(
+            devices=config.devices,
+            coordinator=config.coordinator,
+            num_processes=config.num_processes,
+            process_id=config.process_id,
+        )
+        accuracy = train(config)
+    if hosts.is_main():
+        print(f"test accuracy: {accuracy:.4f}")
+
+
+def train(config: Config) -> float:
+    """Trains, or goes on training, and returns the test accuracy of the model that it writes."""
+    check(config)
+    run = Run(config)
+    try:
+        with StopRequest() as stop:
+            while run.step < run.total_steps:
+                run.train_epoch(stop)
+        return run.finish()
+    finally:
+        run.close()
+
+
+class Run:
+    """A training run: its data, its state, and its folder, which the main process alone writes."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.placement = parallel.Placement(hosts.choose_devices(config.devices), stacked=False)
+        multiple = self.placement.num_devices * config.accumulate
+        if config.batch_size % multiple:
+            raise UsageError(
+                f"--batch-size {config.batch_size}: expected a multiple of {multiple}, devices x --accumulate"
+            )
+        self._open_data()
+        self.steps_per_epoch = max(len(self.pictures) // config.batch_size, 1)
+        self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
+        self._make_programs()
+        self._open_folder()
+
+    def _open_data(self) -> None:
+        config = self.config
+        self.pictures = Pictures(config.data_dir / "train", broken=config.broken)
+        self.test_pictures = Pictures(config.data_dir / "val", broken=config.broken)
+        if self.pictures.classes != self.test_pictures.classes:
+            raise UsageError(f"{config.data_dir}: train/ and val/ have different class folders")
+        self.readers = {
+            "part": jax.process_index(),
+            "num_parts": jax.process_count(),
+            "workers": config.workers,
+            "threads": config.threads,
+        }
+        crop = RandomCrop(config.image_size, smallest=config.crop_scale, flip=config.flip)
+        self.batches = training_batches(
+            self.pictures, crop, config.batch_size, seed=config.seed, **self.readers
+        )
+
+    def _make_programs(self) -> None:
+        config = self.config
+        self.model_attributes = {
+            "depth": config.depth,
+            "num_classes": len(self.pictures.classes),
+            "width": config.width,
+            "small_images": config.small_images,
+            "momentum": config.momentum,
+            "virtual_batch_size": config.ghost_size if config.norm == "ghost" else None,
+            "dtype": config.dtype,
+        }
+        self.model = make_model(self.model_attributes)
+        image = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
+        self._init = functools.partial(self.model.init, images=image, train=False)
+        like = jax.eval_shape(self._init, jax.random.key(config.seed))
+        self.optimizer, self.schedule = make_optimizer(config, like, self.steps_per_epoch, self.total_steps)
+        self.train_step = make_train_step(self.model, self.optimizer, config, self.total_steps)
+        self.evaluation_step = make_evaluation_step(self.model)
+
+    def _open_folder(self) -> None:
+        """Begins at step 0, or where the run in the folder was."""
+        state, self.step, output, data = self._initial_state(), 0, self.config.output, None
+        if hosts.is_main():
+            earlier = None if self.config.resume else set_aside(output)
+            if earlier:
+                print(f"the earlier run in {output} is now in {earlier}")
+            self.checkpoints = Checkpoints(output, create=not self.config.resume)
+            if self.config.resume:
+                self.step, state, data = self.checkpoints.restore(state, self._settings())
+                print(f"resuming {output} at step {self.step} of {self.total_steps}")
+            self.log = Log(output, last_step=self.step, tensorboard=self.config.tensorboard)
+        step, state = hosts.from_main((np.array(self.step), state))
+        self.step, self.state = int(step), self.placement.put_state(state)
+        if self.config.resume:
+            self.batches.set_state(hosts.json_from_main(data))
+
+    def _initial_state(self) -> State:
+        """A new state; of one that is about to be restored, only the structure."""
+
+        def init(key: jax.Array) -> State:
+            variables = self._init(key)
+            params = variables["params"]
+            average = None if self.config.average is None else params
+            opt_state = self.optimizer.init(params)
+            return State(jnp.int32(0), params, variables["batch_stats"], opt_state, average)
+
+        key = jax.random.key(self.config.seed)
+        if self.config.resume:
+            return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(init, key))
+        return jax.device_get(jax.jit(init)(key))
+
+    def _settings(self) -> dict[str, Any]:
+        checksum = zlib.crc32("\n".join(self.pictures.names).encode())
+        return settings(self.config) | {"data": f"{len(self.pictures)} files, crc32 {checksum:08x}"}
+
+    def train_epoch(self, stop: StopRequest) -> None:
+        """Trains to the end of the epoch, from wherever in it the run is; then evaluates and saves."""
+        size, epoch = self.config.batch_size, self.step // self.steps_per_epoch
+        first, last = (min(self.total_steps, (epoch + i) * self.steps_per_epoch) for i in (0, 1))
+        begun, started = self.step, time.monotonic()
+        total, done = ((steps - first) * size for steps in (last, self.step))
+        with ProgressBar(f"epoch {epoch + 1}", total, done=done, visible=hosts.is_main()) as bar:
+            while self.step < last:
+                self._stop_if_asked(stop)
+                report = self._train_on(next(self.batches))
+                bar.update(size)
+                if self.step % LOG_EVERY == 0 and self.step < last:
+                    bar.show_loss(self._log(report))
+                if self.step % self.config.checkpoint_every == 0 and self.step < last:
+                    self._save()
+        jax.block_until_ready(self.state)
+        rate = (self.step - begun) * size / (time.monotonic() - started)
+        self._end_epoch(epoch, report, f"{rate:,.0f} images/s")
+
+    def _end_epoch(self, epoch: int, report: Report, rate: str) -> None:
+        """Evaluates, reports every batch norm, and saves."""
+        top1, top5 = self.accuracy(self.variables())
+        measured = {"test_accuracy": top1, "test_top5": top5}
+        notes = ()
+        if hosts.is_main():
+            variables, moments = self.placement.get((self.variables(), report.moments))
+            measured["drift"], notes = self.log.report_norms(variables, moments, self.step)
+        loss = self._log(report, **measured)
+        self._save()
+        if hosts.is_main():
+            print(f"epoch {epoch + 1}: loss {loss:.4f}, test accuracy {top1:.4f}, top 5 {top5:.4f}, {rate},")
+            print(f"    largest drift of a batch norm {measured['drift']:.2f}", flush=True)
+            for note in notes:
+                print(f"    {note}", flush=True)
+
+    def _train_on(self, batch: Any) -> Report:
+        self.state, report = self.train_step(self.state, self.placement.put_batch(batch))
+        self.step += 1
+        return report
+
+    def variables(self) -> ArrayTree:
+        return {"params": self.state.params, "batch_stats": self.state.batch_stats}
+
+    def accuracy(self, variables: ArrayTree) -> tuple[float, float]:
+        """The parts of the test pictures whose label is the net's first guess, and among its first five."""
+        config, devices = self.config, self.placement.num_devices
+        crops = CenterCrops(self.test_pictures, config.image_size, part=config.center_crop)
+        size = -(-config.batch_size // devices) * devices
+        reader = evaluation_batches(crops, len(self.test_pictures), size, **self.readers)
+        counts = np.zeros(3, np.int64)
+        for batch in reader:
+            counts += self.placement.get(self.evaluation_step(variables, self.placement.shard(batch)))
+        reader.close()
+        if counts[2] == 0:
+            raise UsageError(f"{config.data_dir / 'val'}: none of its pictures can be decoded")
+        return float(counts[0] / counts[2]), float(counts[1] / counts[2])
+
+    def _log(self, report: Report, **measured: float) -> float:
+        """Writes a row of metrics.csv; returns the loss as a number."""
+        loss, optimizer = self.placement.get((report.loss, self.state.opt_state))
+        if optimizer.notfinite_count >= TOO_MANY:
+            raise UsageError(
+                f"step {self.step}: gradients were NaN or inf in {optimizer.notfinite_count} steps in a row"
+            )
+        row = {
+            "step": self.step,
+            "epoch": (self.step - 1) // self.steps_per_epoch + 1,
+            "loss": float(loss),
+            "learning_rate": float(self.schedule(self.step - 1)),
+            "skipped": int(optimizer.total_notfinite),
+        } | {name: measured.get(name) for name in ("test_accuracy", "test_top5", "drift")}
+        if hosts.is_main():
+            self.log.write(row)
+        return float(loss)
+
+    def _save(self) -> None:
+        if hosts.is_main():
+            # Every process has read as many batches, and so has the same state of the data.
+            state, data = self.placement.get(self.state), self.batches.get_state()
+            self.checkpoints.save(self.step, state, self._settings(), data)
+
+    def _stop_if_asked(self, stop: StopRequest) -> None:
+        may_ask = jax.process_count() == 1 or self.step % LOG_EVERY == 0  # asking others costs a message
+        if may_ask and hosts.any_process(stop.requested):
+            self._save()
+            where = f"step {self.step} of {self.total_steps}"
+            raise Interrupted(f"stopped at {where}, saved in {self.config.output}: --resume goes on")
+
+    def finish(self) -> float:
+        """Writes the model; of an average of the weights with statistics that are measured anew."""
+        variables = self.variables()
+        if self.state.average is not None:
+            variables = self._recalibrated(variables | {"params": self.state.average})
+        top1, _ = self.accuracy(variables)
+        about = {
+            "model": self.model_attributes,
+            "classes": self.pictures.classes,
+            "image_size": self.config.image_size,
+            "center_crop": self.config.center_crop,
+        }
+        if hosts.is_main():
+            save_model(self.config.output / "model.safetensors", self.placement.get(variables), about)
+        return top1
+
+    def _recalibrated(self, variables: ArrayTree) -> ArrayTree:
+        def apply_fn(variables: ArrayTree, batch: Any, **options: Any) -> Any:
+            return self.model.apply(variables, batch.images, train=True, **options)
+
+        batches = itertools.islice(self.batches, self.config.recalibrate_batches)
+        stream = map(self.placement.put_batch, batches)
+        return jbn.tools.recalibrate(apply_fn, variables, stream, progress=hosts.is_main())
+
+    def close(self) -> None:
+        """Draws the curves and closes the files."""
+        self.batches.close()
+        if hosts.is_main():
+            self.log.close()
+            self.checkpoints.close()
+
+
+if __name__ == "__main__":
+    main()
