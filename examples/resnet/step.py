@@ -10,14 +10,18 @@ no more: its statistics are as spoiled as its gradients.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from chex import ArrayTree
 
 import jbn
 import jbn.tools
 from batches import Batch
+from errors import UsageError
+from parallel import Placement
 from resnet.model import ResNet
 from resnet.options import Config
 
@@ -133,3 +137,19 @@ def make_evaluation_step(model: ResNet) -> Callable[[ArrayTree, Batch], jax.Arra
         return jnp.sum(found & batch.mask, axis=-1)
 
     return count
+
+
+def accuracy(
+    count: Callable[[ArrayTree, Batch], jax.Array],
+    variables: ArrayTree,
+    batches: grain.DatasetIterator,
+    placement: Placement,
+) -> tuple[float, float]:
+    """The parts of all pictures whose label is the net's first guess, and among its first five."""
+    counts = np.zeros(3, np.int64)
+    for batch in batches:
+        counts += placement.get(count(variables, placement.shard(batch)))
+    batches.close()
+    if counts[2] == 0:
+        raise UsageError("none of the pictures to test on can be decoded")
+    return float(counts[0] / counts[2]), float(counts[1] / counts[2])

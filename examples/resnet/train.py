@@ -25,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what the examples share
 import hosts
 import jbn.tools
 import parallel
+from batches import num_batches
 from errors import Interrupted, UsageError, one_line_errors
 from progress import ProgressBar, StopRequest
 from resnet.data import CenterCrops, Pictures, RandomCrop, evaluation_batches, training_batches
 from resnet.log import Log
 from resnet.model import make_model, save_model
 from resnet.options import Config, check, settings
-from resnet.step import Report, State, make_evaluation_step, make_optimizer, make_train_step
+from resnet.step import Report, State, accuracy, make_evaluation_step, make_optimizer, make_train_step
 from runs import Checkpoints, set_aside
 
 LOG_EVERY = 10  # steps between rows of metrics.csv; each waits for the device, so not every step
@@ -163,7 +164,7 @@ class Run:
         with ProgressBar(f"epoch {epoch + 1}", total, done=done, visible=hosts.is_main()) as bar:
             while self.step < last:
                 self._stop_if_asked(stop)
-                report = self._train_on(next(self.batches))
+                report = self.train_on(next(self.batches))
                 bar.update(size)
                 if self.step % LOG_EVERY == 0 and self.step < last:
                     bar.show_loss(self._log(report))
@@ -189,7 +190,7 @@ class Run:
             for note in notes:
                 print(f"    {note}", flush=True)
 
-    def _train_on(self, batch: Any) -> Report:
+    def train_on(self, batch: Any) -> Report:
         self.state, report = self.train_step(self.state, self.placement.put_batch(batch))
         self.step += 1
         return report
@@ -198,18 +199,12 @@ class Run:
         return {"params": self.state.params, "batch_stats": self.state.batch_stats}
 
     def accuracy(self, variables: ArrayTree) -> tuple[float, float]:
-        """The parts of the test pictures whose label is the net's first guess, and among its first five."""
+        """Top-1 and top-5 accuracy on the test pictures."""
         config, devices = self.config, self.placement.num_devices
         crops = CenterCrops(self.test_pictures, config.image_size, part=config.center_crop)
-        size = -(-config.batch_size // devices) * devices
-        reader = evaluation_batches(crops, len(self.test_pictures), size, **self.readers)
-        counts = np.zeros(3, np.int64)
-        for batch in reader:
-            counts += self.placement.get(self.evaluation_step(variables, self.placement.shard(batch)))
-        reader.close()
-        if counts[2] == 0:
-            raise UsageError(f"{config.data_dir / 'val'}: none of its pictures can be decoded")
-        return float(counts[0] / counts[2]), float(counts[1] / counts[2])
+        size = num_batches(config.batch_size, devices) * devices
+        batches = evaluation_batches(crops, len(self.test_pictures), size, **self.readers)
+        return accuracy(self.evaluation_step, variables, batches, self.placement)
 
     def _log(self, report: Report, **measured: float) -> float:
         """Writes a row of metrics.csv; returns the loss as a number."""
