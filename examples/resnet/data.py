@@ -159,6 +159,7 @@ def evaluation_batches(
 
 def _iterate(batches: grain.MapDataset, workers: int, threads: int) -> grain.DatasetIterator:
     flags.FLAGS.mark_as_parsed()  # Grain's workers read some, and the command line here is Tyro's
+    grain.config.update("py_traceback_filtering", "off")  # it adds a paragraph to the texts of errors
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     return iter(batches.to_iter_dataset(reading).mp_prefetch(processes))

@@ -1,0 +1,155 @@
+"""The pictures of the ResNet example: the same batches however they are read, and none twice."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("grain")
+pytest.importorskip("safetensors")
+
+from errors import UsageError
+from resnet.data import CenterCrops, Pictures, RandomCrop, center_crop, evaluation_batches, training_batches
+from resnet.predict import read
+from tests.support import resnet_runs
+from tests.support.resnet_runs import BATCH_SIZE, CLASSES, SIZE, TRAIN_SIZE
+
+data_dir = resnet_runs.data_dir
+STEPS = TRAIN_SIZE // BATCH_SIZE
+
+
+@pytest.fixture
+def pictures(data_dir):
+    return Pictures(data_dir / "train")
+
+
+def reader(pictures, **options):
+    crop = RandomCrop(SIZE, smallest=0.5, flip=True)
+    return training_batches(pictures, crop, BATCH_SIZE, seed=0, **options)
+
+
+def take(iterator, count):
+    """The next batches, joined, as arrays of our own memory."""
+    batches = [next(iterator) for _ in range(count)]
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
+
+
+def test_batches_do_not_depend_on_what_reads_them(pictures):
+    expected = take(reader(pictures), 5)
+    assert_same(take(reader(pictures, threads=3), 5), expected)
+    halves = [take(reader(pictures, part=part, num_parts=2), 5) for part in (0, 1)]
+    for whole, parts in zip(expected, zip(*halves, strict=True), strict=True):
+        joined = np.empty_like(whole)
+        joined[0::2], joined[1::2] = parts
+        np.testing.assert_array_equal(joined, whole)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_other_processes_read_the_same_and_go_on_where_they_were(pictures):
+    expected = take(reader(pictures), 6)
+    iterator = reader(pictures, workers=2)
+    begun = take(iterator, 3)
+    state = iterator.get_state()
+    iterator.close()
+    later = reader(pictures, workers=2)
+    later.set_state(state)
+    rest = take(later, 3)
+    later.close()
+    assert_same([np.concatenate(parts) for parts in zip(begun, rest, strict=True)], expected)
+
+
+def test_an_iterator_goes_on_from_its_state(pictures):
+    iterator, later = reader(pictures, threads=2), reader(pictures, threads=2)
+    take(iterator, 4)
+    later.set_state(iterator.get_state())
+    assert_same(take(later, 4), take(iterator, 4))
+
+
+def test_an_epoch_has_each_picture_once_in_an_order_of_its_own(pictures):
+    whole = RandomCrop(SIZE, smallest=1.0, flip=False)
+    iterator = training_batches(pictures, whole, BATCH_SIZE, seed=0)
+    epochs = [take(iterator, STEPS) for _ in range(2)]
+    for _, labels, mask in epochs:
+        np.testing.assert_array_equal(np.bincount(labels), [TRAIN_SIZE // len(CLASSES)] * len(CLASSES))
+        assert mask.all()
+    assert (epochs[0][1] != epochs[1][1]).any()
+
+
+def test_evaluation_has_each_picture_once_and_masks_the_rest(data_dir):
+    pictures = Pictures(data_dir / "val")
+    crops = CenterCrops(pictures, SIZE, part=1.0)
+    parts = [list(evaluation_batches(crops, len(pictures), 8, part=p, num_parts=2)) for p in (0, 1)]
+    assert [len(batches) for batches in parts] == [3, 3]  # 18 pictures in batches of 2 x 4
+    images, labels, mask = take(evaluation_batches(crops, len(pictures), 8), 3)
+    np.testing.assert_array_equal(mask, np.arange(24) < 18)
+    np.testing.assert_array_equal(labels[mask], np.repeat(np.arange(len(CLASSES)), 3))
+    for name, image in zip(pictures.names, images, strict=False):
+        np.testing.assert_array_equal(image, read(data_dir / "val" / name, SIZE, 1.0))
+
+
+def test_a_crop_lies_in_the_picture_and_has_the_area_that_is_asked_for():
+    image, rng = Image.new("RGB", (30, 20)), np.random.default_rng(0)
+    boxes = np.array([RandomCrop(8, smallest=0.3, flip=False)._box(image, rng) for _ in range(200)])
+    left, top, right, bottom = boxes.T
+    assert min(left.min(), top.min()) >= 0
+    assert right.max() <= 30
+    assert bottom.max() <= 20
+    areas = (right - left) * (bottom - top) / 600
+    assert areas.min() > 0.3 - 1e-9
+    assert np.ptp(areas) > 0.3
+    assert np.ptp((right - left) / (bottom - top)) > 0.3
+
+
+def test_the_center_is_a_square_in_the_middle():
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[5:15, 10:20] = 200
+    crop = np.asarray(center_crop(Image.fromarray(pixels), 10, 0.5))
+    np.testing.assert_array_equal(crop, np.full((10, 10, 3), 200))
+
+
+@pytest.fixture
+def with_broken(data_dir, tmp_path):
+    """A folder in which the second picture is cut short and the third is no picture."""
+    folder = tmp_path / "broken"
+    shutil.copytree(data_dir / "train", folder)
+    whole = (folder / "cat" / "1.png").read_bytes()
+    (folder / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "cat" / "2.png").write_text("no picture")
+    return folder
+
+
+def test_a_broken_picture_is_named_and_the_next_one_takes_its_place(with_broken, capfd):
+    pictures = Pictures(with_broken)
+    expected = np.asarray(pictures[3][0])
+    capfd.readouterr()
+    np.testing.assert_array_equal(np.asarray(pictures[1][0]), expected)
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith(f"warning: {with_broken / 'cat' / '1.png'}: cannot be decoded: ")
+    assert second.startswith(f"warning: {with_broken / 'cat' / '2.png'}: cannot be decoded: ")
+    assert second.endswith(": skipped")
+    rows = next(evaluation_batches(CenterCrops(pictures, SIZE, part=1.0), len(pictures), 6))
+    np.testing.assert_array_equal(rows.mask, [True, False, False, True, True, True])
+
+
+def test_a_broken_picture_stops_the_run_if_that_is_asked_for(with_broken):
+    with pytest.raises(
+        UsageError, match=r"cat/\d\.png: cannot be decoded: .* \(--broken skip goes on without it\)$"
+    ):
+        take(reader(Pictures(with_broken, broken="stop"), threads=2), STEPS)
+
+
+def test_a_folder_that_does_not_fit_is_named(tmp_path):
+    with pytest.raises(UsageError, match="none: no such folder of class folders"):
+        Pictures(tmp_path / "none")
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(UsageError, match="holds no class folders with JPEG or PNG files"):
+        Pictures(tmp_path)
+    (tmp_path / "cat" / "1.png").write_text("no picture")
+    with pytest.raises(UsageError, match="none of its 1 pictures can be decoded"):
+        Pictures(tmp_path)[0]
