@@ -17,6 +17,9 @@ SHOWN = (
     "examples/*.md",
     "examples/*.py",
     "examples/pictures/*",
+    "examples/resnet/*.md",
+    "examples/resnet/*.py",
+    "examples/resnet/*.png",
 )
 
 
