@@ -116,3 +116,16 @@ def check(config: Config) -> None:
 def settings(config: Config) -> dict[str, Any]:
     """What decides the numbers, and so has to be the same when a run is resumed."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_SETTINGS}
+
+
+def model_attributes(config: Config, num_classes: int) -> dict[str, Any]:
+    """Those of the net, as its file has them."""
+    return {
+        "depth": config.depth,
+        "num_classes": num_classes,
+        "width": config.width,
+        "small_images": config.small_images,
+        "momentum": config.momentum,
+        "virtual_batch_size": config.ghost_size if config.norm == "ghost" else None,
+        "dtype": config.dtype,
+    }

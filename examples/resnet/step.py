@@ -7,8 +7,8 @@ A batch whose gradients are NaN or inf, from one overflow in bfloat16 or one bad
 no more: its statistics are as spoiled as its gradients.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -156,3 +156,12 @@ def accuracy(
     if counts[2] == 0:
         raise UsageError("none of the pictures to test on can be decoded")
     return float(counts[0] / counts[2]), float(counts[1] / counts[2])
+
+
+def recalibrate(model: ResNet, variables: ArrayTree, batches: Iterable[Batch]) -> ArrayTree:
+    """The variables with statistics of these training batches, as averaged weights need them."""
+
+    def apply_fn(variables: ArrayTree, batch: Batch, **options: Any) -> Any:
+        return model.apply(variables, batch.images, train=True, **options)
+
+    return jbn.tools.recalibrate(apply_fn, variables, batches)

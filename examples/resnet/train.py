@@ -23,7 +23,6 @@ from chex import ArrayTree
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the examples share
 
 import hosts
-import jbn.tools
 import parallel
 from batches import num_batches
 from errors import Interrupted, UsageError, one_line_errors
@@ -31,8 +30,16 @@ from progress import ProgressBar, StopRequest
 from resnet.data import CenterCrops, Pictures, RandomCrop, evaluation_batches, training_batches
 from resnet.log import Log
 from resnet.model import make_model, save_model
-from resnet.options import Config, check, settings
-from resnet.step import Report, State, accuracy, make_evaluation_step, make_optimizer, make_train_step
+from resnet.options import Config, check, model_attributes, settings
+from resnet.step import (
+    Report,
+    State,
+    accuracy,
+    make_evaluation_step,
+    make_optimizer,
+    make_train_step,
+    recalibrate,
+)
 from runs import Checkpoints, set_aside
 
 LOG_EVERY = 10  # steps between rows of metrics.csv; each waits for the device, so not every step
@@ -102,15 +109,7 @@ class Run:
 
     def _make_programs(self) -> None:
         config = self.config
-        self.model_attributes = {
-            "depth": config.depth,
-            "num_classes": len(self.pictures.classes),
-            "width": config.width,
-            "small_images": config.small_images,
-            "momentum": config.momentum,
-            "virtual_batch_size": config.ghost_size if config.norm == "ghost" else None,
-            "dtype": config.dtype,
-        }
+        self.model_attributes = model_attributes(config, len(self.pictures.classes))
         self.model = make_model(self.model_attributes)
         image = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
         self._init = functools.partial(self.model.init, images=image, train=False)
@@ -208,17 +207,17 @@ class Run:
 
     def _log(self, report: Report, **measured: float) -> float:
         """Writes a row of metrics.csv; returns the loss as a number."""
-        loss, optimizer = self.placement.get((report.loss, self.state.opt_state))
-        if optimizer.notfinite_count >= TOO_MANY:
-            raise UsageError(
-                f"step {self.step}: gradients were NaN or inf in {optimizer.notfinite_count} steps in a row"
-            )
+        optimizer = self.state.opt_state
+        numbers = self.placement.get((report.loss, optimizer.total_notfinite, optimizer.notfinite_count))
+        loss, skipped, in_a_row = numbers
+        if in_a_row >= TOO_MANY:
+            raise UsageError(f"step {self.step}: gradients were NaN or inf in {in_a_row} steps in a row")
         row = {
             "step": self.step,
             "epoch": (self.step - 1) // self.steps_per_epoch + 1,
             "loss": float(loss),
             "learning_rate": float(self.schedule(self.step - 1)),
-            "skipped": int(optimizer.total_notfinite),
+            "skipped": int(skipped),
         } | {name: measured.get(name) for name in ("test_accuracy", "test_top5", "drift")}
         if hosts.is_main():
             self.log.write(row)
@@ -241,7 +240,9 @@ class Run:
         """Writes the model; of an average of the weights with statistics that are measured anew."""
         variables = self.variables()
         if self.state.average is not None:
-            variables = self._recalibrated(variables | {"params": self.state.average})
+            batches = itertools.islice(self.batches, self.config.recalibrate_batches)
+            stream = map(self.placement.put_batch, batches)
+            variables = recalibrate(self.model, variables | {"params": self.state.average}, stream)
         top1, _ = self.accuracy(variables)
         about = {
             "model": self.model_attributes,
@@ -252,14 +253,6 @@ class Run:
         if hosts.is_main():
             save_model(self.config.output / "model.safetensors", self.placement.get(variables), about)
         return top1
-
-    def _recalibrated(self, variables: ArrayTree) -> ArrayTree:
-        def apply_fn(variables: ArrayTree, batch: Any, **options: Any) -> Any:
-            return self.model.apply(variables, batch.images, train=True, **options)
-
-        batches = itertools.islice(self.batches, self.config.recalibrate_batches)
-        stream = map(self.placement.put_batch, batches)
-        return jbn.tools.recalibrate(apply_fn, variables, stream, progress=hosts.is_main())
 
     def close(self) -> None:
         """Draws the curves and closes the files."""
