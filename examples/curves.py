@@ -121,7 +121,9 @@ def _draw_drift(axes: Axes, columns: Mapping[str, np.ndarray]) -> None:
     measured = np.isfinite(columns["drift"])
     axes.plot(columns["step"][measured], columns["drift"][measured], "o-", color="tab:red")
     axes.axhline(0.5, color="0.8", linewidth=1)
-    axes.annotate("evaluation suffers above", (0, 0.5), (2, 3), color="0.5", **LABEL)
+    axes.annotate(
+        "evaluation suffers above", (0, 0.5), (2, 3), xycoords=("axes fraction", "data"), color="0.5", **LABEL
+    )
     axes.set(
         title="largest drift of a batch norm", xlabel="step", ylabel="standard deviations", ylim=(0, None)
     )

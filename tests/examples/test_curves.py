@@ -41,6 +41,22 @@ def test_the_smoothing_is_named(figure):
     assert smooth.get_ydata()[5] == pytest.approx(sum(batches.get_ydata()[4:6]) / 2)
 
 
+def test_a_net_with_many_batch_norms_has_one_curve_of_their_largest_drift(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "save_picture", lambda figure, path: drawn.append(figure))
+    file = curves.MetricsFile(tmp_path / "metrics.csv", last_step=0)
+    for step in range(1, 7):
+        ends = step % 3 == 0
+        measured = {"test_accuracy": 0.1 * step, "drift": 1 / step} if ends else {}
+        file.write({"step": step, "loss": 1.0, "test_accuracy": None, "drift": None} | measured)
+    file.close()
+    curves.draw_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    (figure,) = drawn
+    assert [axes.get_title() for axes in figure.axes][2] == "largest drift of a batch norm"
+    curve = figure.axes[2].get_lines()[0]
+    np.testing.assert_allclose(curve.get_xydata(), [[3, 1 / 3], [6, 1 / 6]])
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
