@@ -109,7 +109,8 @@ def _draw_accuracy(axes: Axes, columns: Mapping[str, np.ndarray]) -> None:
     measured = np.isfinite(columns["test_accuracy"])
     steps, accuracy = columns["step"][measured], columns["test_accuracy"][measured]
     axes.plot(steps, accuracy, "o-", color="tab:green")
-    for step, value in zip(steps, accuracy, strict=True):
+    shown = 0 if len(steps) <= 6 else -1  # more labels would cover each other: the last one alone
+    for step, value in zip(steps[shown:], accuracy[shown:], strict=True):
         axes.annotate(f"{value:.4f}", (step, value), (5, -12), **LABEL)
     # From one point alone matplotlib would make an axis of a few steps, and of accuracies above 1.
     if len(steps):
