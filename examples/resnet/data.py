@@ -5,6 +5,7 @@ end; a random crop of each; every process's rows; batches. So what a batch holds
 the seed, not on how many processes, workers or threads read it, and an iterator is resumed by its state.
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import Literal
@@ -162,4 +163,10 @@ def _iterate(batches: grain.MapDataset, workers: int, threads: int) -> grain.Dat
     grain.config.update("py_traceback_filtering", "off")  # it adds a paragraph to the texts of errors
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(batches.to_iter_dataset(reading).mp_prefetch(processes))
+    return iter(batches.to_iter_dataset(reading).mp_prefetch(processes, _leave_signals_to_the_run))
+
+
+def _leave_signals_to_the_run(*_: int) -> None:
+    """Ctrl-C reaches every process of a terminal, SIGTERM all of a cluster's job: the run ends its own."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
