@@ -49,6 +49,10 @@ def in_auto_mode(function: Callable[..., Array], x: X, spec: tuple[Any, ...]) ->
     """
     if not any(partition_spec(x)):
         return function
-    out = jax.sharding.NamedSharding(jax.typeof(x).sharding.mesh, jax.sharding.PartitionSpec(*spec))
-    automatic: Callable[..., Array] = jax.sharding.auto_axes(function, out_sharding=out)
+    mesh = jax.typeof(x).sharding.mesh
+    out = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    # Those of them alone: a shard_map around may have others of the mesh, which are not to be touched.
+    automatic: Callable[..., Array] = jax.sharding.auto_axes(
+        function, axes=mesh.explicit_axes, out_sharding=out
+    )
     return automatic

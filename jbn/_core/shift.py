@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jbn._core.dtypes import reduction_dtype
 from jbn._core.sharding import in_auto_mode, partition_spec
 from jbn._core.types import X
-from jbn._core.weights import is_valid, safe_count, zero_masked
+from jbn._core.weights import Count, apply_weights, divide_by_count, is_valid, safe_count, zero_masked
 from jbn._core.xla import DifferenceUse, difference
 
 # The rows whose mean is the shift, and how many are taken along the first axis and each other to begin with.
@@ -24,19 +24,23 @@ _GOLDEN = np.uint32(2654435769)
 # Odd, so that its multiples modulo 32 visit each number: over several axes they form a lattice.
 _LATTICE = 13
 
+_MOST_PLACES = 2**24
+"""Above, the number of a place leaves too few bits to compare ways by."""
+
 
 def center(x: X, shift: Array, weights: Array | None, use: DifferenceUse = DifferenceUse.ENTRIES) -> Array:
     """x - shift, and 0 for entries that take no part."""
     return zero_masked(difference(x, shift, use), weights)
 
 
-def pick_shift(x: X, weights: Array | None, axes: tuple[int, ...]) -> Array:
-    """A constant near the data, per channel: the mean of some rows.
+def pick_shift(x: X, weights: Array | None, axes: tuple[int, ...], weight: Count) -> Array:
+    """A constant near the data, per channel: the mean of some rows, or of all.
 
     n of N rows bound (shift - mean)^2 by N/n times the variance, so that however far out they lie, the
     relative error of the variance stays below N/n times that of a sum. They are a slice of x where that can
     be, and gathered elsewhere: under a mask some rows are padding, and a dimension that is sharded over an
-    explicit mesh axis, or whose size is symbolic, has no slices.
+    explicit mesh axis, or whose size is symbolic, has no slices. Under a mask that is not small beside x,
+    all rows are taken; `weight` is the sum of their weights.
     """
     dtype = reduction_dtype(x.dtype)
     if not all(x.shape[axis] for axis in axes):
@@ -45,6 +49,8 @@ def pick_shift(x: X, weights: Array | None, axes: tuple[int, ...]) -> Array:
         return zero_masked(x, weights).astype(dtype)
     if weights is None and _can_be_cut(x, axes):
         return _exact_mean(subsample(x, axes).astype(dtype), axes)
+    if weights is not None and not _is_small(weights, x):
+        return _mean_within_range(x.astype(dtype), weights, axes, weight)
     spec = (None, *(None if axis in axes else names for axis, names in enumerate(partition_spec(x))))
     rows = in_auto_mode(functools.partial(draw_rows, axes=axes), x, spec)(x, weights)
     return _exact_mean(rows.astype(dtype), (0,))[0]
@@ -54,6 +60,24 @@ def _can_be_cut(x: X, axes: tuple[int, ...]) -> bool:
     """Whether rows can be taken from the front: not over explicit mesh axes, nor of unknown size."""
     spec = partition_spec(x)
     return all(isinstance(x.shape[axis], int) and spec[axis] is None for axis in axes)
+
+
+def _is_small(weights: Array, x: X) -> bool:
+    """Whether drawing, which looks at each weight in each turn, is less work than to read x."""
+    sizes = (*weights.shape, *x.shape)
+    if not all(isinstance(size, int) for size in sizes):
+        return True
+    return weights.size <= min(x.size // _SHIFT_ROWS, _MOST_PLACES)
+
+
+def _mean_within_range(rows: Array, weights: Array, axes: tuple[int, ...], weight: Count) -> Array:
+    """The mean of all rows that take part; of rows that are equal, exactly their value."""
+    valid = is_valid(weights)
+    low = jnp.min(rows, axes, keepdims=True, where=valid, initial=np.inf)
+    high = jnp.max(rows, axes, keepdims=True, where=valid, initial=-np.inf)
+    sums = jnp.sum(apply_weights(zero_masked(rows, weights), weights), axes, keepdims=True)
+    mean = divide_by_count(sums, weight)
+    return jnp.where(low > high, jnp.zeros_like(mean), jnp.clip(mean, low, high))
 
 
 def subsample(x: X, axes: tuple[int, ...]) -> X:
@@ -128,14 +152,17 @@ def _draw(
     collective, and a prefix sum is several.
     """
     others = tuple(1 + axis for axis in axes if axis not in group)
-    share = jnp.sum(zero_masked(weights.astype(np.float32), weights), others, keepdims=True)
+    least = np.finfo(np.float32).tiny  # float64 weights may be below, and take part all the same
+    each = jnp.maximum(weights.astype(np.float32), least)
+    share = jnp.sum(zero_masked(each, weights), others, keepdims=True)
     bits = {axis: _bits(share.shape[1 + axis]) for axis in group}
     place = jnp.zeros([1] * share.ndim, np.int32)
     for axis in group:
         shape = [size if other == 1 + axis else 1 for other, size in enumerate(share.shape)]
         place = place << bits[axis] | lax.broadcasted_iota(np.int32, shape, 1 + axis)
     start = turns.astype(np.uint32) * np.uint32(2**32 // _SHIFT_ROWS)
-    angle = (place.astype(np.uint32) * _GOLDEN + start) >> 1
+    # From place 1 on: at an angle of 0 the least weight would be drawn.
+    angle = ((place.astype(np.uint32) + np.uint32(1)) * _GOLDEN + start) >> 1
     way = angle.astype(np.float32) / safe_count(share)
     key = lax.bitcast_convert_type(way, np.int32)  # orders floats from 0 up as they are ordered
     all_bits, none = sum(bits.values()), np.iinfo(np.int32).max

@@ -101,7 +101,7 @@ def _measure_local(
     about = functools.partial(_measure_about, x, weights, axes, weight)
 
     def about_rows() -> AboutShift:
-        return about(lax.stop_gradient(pick_shift(x, weights, axes)))
+        return about(lax.stop_gradient(pick_shift(x, weights, axes, weight)))
 
     if shift_hint is None:
         found = about_rows()

@@ -6,11 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jbn
 from jbn._core.shift import draw_rows, pick_shift, subsample
+from jbn._core.statistics import _counts
 from tests.support import reference
 from tests.support.compiling import optimized
+
+ROWS = np.float32(1)  # their number, which without a mask is not asked for
 
 
 @pytest.mark.parametrize(
@@ -41,13 +46,13 @@ def test_they_are_spread_over_the_batch():
 def test_equal_rows_have_exactly_their_value(value, dtype):
     """32 times 0.1, added one by one, is no multiple of it any more."""
     x = jnp.full((96, 3), value, dtype)
-    shift = optimized(lambda x: pick_shift(x, None, (0,)))(x)
+    shift = optimized(lambda x: pick_shift(x, None, (0,), ROWS))(x)
     np.testing.assert_array_equal(shift, x[:1].astype(np.float32))
 
 
 def test_rows_that_are_nearly_equal_have_a_shift_near_them():
     x = 1e4 + 1e-3 * np.arange(-32, 32, dtype=np.float32)[:, None]
-    shift = pick_shift(jnp.asarray(x, jnp.float32), None, (0,))
+    shift = pick_shift(jnp.asarray(x, jnp.float32), None, (0,), ROWS)
     assert x.min() <= float(shift[0, 0]) <= x.max()
 
 
@@ -118,9 +123,30 @@ def test_under_a_mask_rows_are_drawn_that_take_part(name, place):
 def test_under_a_mask_the_shift_is_as_near_the_mean_as_that_of_a_few_rows(name):
     """On average over channels; that of 32 random rows would be at 1/32 of the variance."""
     x, mask, used = batch(MASKS[name])
-    shift = pick_shift(jnp.asarray(x), jnp.asarray(mask), (0, 1))
+    shift = shift_under(jnp.asarray(x), jnp.asarray(mask), (0, 1))
     _, mean, var = reference.statistics(x, -1, used)
     assert np.square(shift - mean).mean() <= 0.1 * var.mean()
+
+
+def shift_under(x, mask, axes):
+    return pick_shift(x, mask, axes, _counts(x, mask, axes)[0])
+
+
+@pytest.mark.parametrize("place", [0, 1, 63])
+def test_a_row_of_hardly_any_weight_is_not_drawn(place):
+    """It may lie far out, and then the shift would."""
+    weights = np.ones((64, 1), np.float32)
+    weights[place] = 1e-20
+    rows = draw_rows(jnp.arange(64.0)[:, None], jnp.asarray(weights), (0,))
+    assert (np.asarray(rows) != place).all()
+
+
+@pytest.mark.parametrize("weight", [1e-40, 1e-300])
+def test_rows_of_weights_below_those_of_float32_take_part(weight):
+    with jax.enable_x64(True):
+        weights = jnp.full((64, 1), weight).at[0].set(0)
+        rows = draw_rows(jnp.arange(64.0)[:, None], weights, (0,))
+    assert (np.asarray(rows) > 0).all()
 
 
 def test_a_row_is_drawn_as_often_as_it_weighs():
@@ -134,9 +160,9 @@ def test_a_row_is_drawn_as_often_as_it_weighs():
 def test_where_nothing_takes_part_the_shift_is_0():
     x = jnp.full((8, 3), np.nan, jnp.float32)
     for mask in (np.zeros((8, 1), bool), np.zeros((1, 3), bool), np.zeros((8, 3), np.float32)):
-        np.testing.assert_array_equal(pick_shift(x, jnp.asarray(mask), (0,)), np.zeros((1, 3)))
+        np.testing.assert_array_equal(shift_under(x, jnp.asarray(mask), (0,)), np.zeros((1, 3)))
     one = jnp.asarray(np.arange(3)[None] == 1) & jnp.ones((8, 3), bool)
-    shift = pick_shift(jnp.where(one, jnp.float32(0.1), x), one, (0,))
+    shift = shift_under(jnp.where(one, jnp.float32(0.1), x), one, (0,))
     np.testing.assert_array_equal(shift, np.float32([[0, 0.1, 0]]))
 
 
@@ -157,3 +183,23 @@ def test_x_may_have_many_axes():
     x = jnp.arange(2.0**11).reshape((2,) * 11 + (1,))
     rows = draw_rows(x, None, tuple(range(11)))
     assert len(np.unique(rows)) >= 16
+
+
+def test_an_explicit_axis_within_a_shard_map_over_another():
+    """The axes of the shard_map are not to be touched there."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    x = np.random.default_rng(0).standard_normal((16, 8, 3)).astype(np.float32) + 1e4
+    mask = np.arange(16) % 3 > 0
+
+    def moments(x, mask):
+        found = jbn.moments(x, axis_name="a", mask=mask)
+        return found.mean, found.var
+
+    sharded = jax.device_put(x, NamedSharding(mesh, P("a", "b")))
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.shard_map(moments, in_specs=(P("a"), P("a")), out_specs=P(), axis_names={"a"}))(
+            sharded, jax.device_put(mask, NamedSharding(mesh, P("a")))
+        )
+    _, mean, var = reference.statistics(x, -1, np.broadcast_to(mask[:, None, None], x.shape))
+    np.testing.assert_allclose(found[0], mean[0, 0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], var[0, 0], rtol=1e-5)
