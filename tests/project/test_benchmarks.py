@@ -162,7 +162,8 @@ def test_the_peaks_are_drawn_from_the_results(tmp_path):
     found = peaks.peaks(RESULTS.read_text(encoding="utf-8"))
     assert set(found) == set(memory.NETWORKS)
     for of_network in found.values():
-        assert of_network[memory.JBN, "policy, whole"] < of_network[memory.JBN, memory.NOTHING]
+        again = [gb for (layer, _), gb in of_network.items() if layer == memory.JBN and gb is not None]
+        assert min(again) < of_network[memory.JBN, memory.NOTHING]
     peaks.draw(found, tmp_path / "peaks.png")
     assert (tmp_path / "peaks.png").read_bytes().startswith(b"\x89PNG")
 
