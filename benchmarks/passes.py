@@ -39,7 +39,7 @@ LIMITS = {
     "mask of [N, 1, 1, 1]": (3.1, 8.1, 3.1, 8.1),
     "mask of [N, T]": (3.1, 8.1, 3.1, 8.1),
     "mask of rows": (3.1, 8.1, 3.1, 8.1),
-    "mask of entries": (5.1, 10.6, 4.1, 9.3),
+    "mask of entries": (7.1, 12.6, 6.1, 11.3),
     "explicit axis": (3.1, 8.1, 3.1, 8.1),
     "explicit axis, mask of [N]": (3.1, 8.1, 3.1, 8.1),
     "two blocks of ResNet-50": (None, 63.3, None, 54.4),

@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxtyping import Array
 
+from jbn._core.dtypes import compute_dtype
 from jbn._core.xla import gelu
 
 Function = Callable[[Array], Array]
@@ -27,12 +28,12 @@ is_finite jit le logistic lt max min mul ne neg not or pjit select_n sign square
 _DEAR = """
 acos acosh asin asinh atan atan2 atanh cbrt cos cosh exp exp2 expm1 log log1p pow rsqrt sin sinh sqrt tan tanh
 """
-# Those that keep the shape of what they mix; others show by the shapes.
-_MIXING = """
-all_gather all_to_all cumlogsumexp cummax cummin cumprod cumsum dynamic_update_slice fft pmax pmin ppermute
-psum psum_invariant random_bits reduce_scatter rev rng_uniform sort
+_DEAREST = """
+bessel_i0e bessel_i1e bitcast_convert_type ceil clz complex conj copy_p digamma erf erf_inv erfc floor igamma
+igamma_grad_a igammac imag lgamma name nextafter optimization_barrier pcast polygamma population_count pvary
+real reduce_precision regularized_incomplete_beta rem round shift_left shift_right_arithmetic
+shift_right_logical zeta
 """
-_MIXING_KINDS = ("reduce_window", "scatter")
 
 
 class DerivativeForm(enum.Enum):
@@ -54,6 +55,9 @@ class DerivativeForm(enum.Enum):
     STORED = enum.auto()
     """Once, and its product with dy is stored: for what is too dear, or has loops."""
 
+    SEPARATE = enum.auto()
+    """The function is applied to y: a `custom_vjp` may do anything to dy, of which f'(y) says nothing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
@@ -68,22 +72,39 @@ class Activation:
         if self.form is DerivativeForm.REPEATED_WIDE:
             diagonal: Array = jax.jvp(self.function, (y,), (ones,))[1]
             return diagonal
-        # A function with a `custom_vjp` has no forward mode; it is one of the STORED.
         (diagonal,) = jax.vjp(self.function, y)[1](ones)
         return diagonal
 
 
-def activation_of(function: Function, traced: ClosedJaxpr) -> Activation:
+def activation_of(function: Function, traced: ClosedJaxpr, dtype: np.dtype) -> Activation:
     """The function, or one of the same values that XLA makes into less traffic, and a form that suits it."""
     if _is_gelu(function):
         return Activation(gelu, DerivativeForm.REPEATED)
-    operations = {equation.primitive.name for equation in _all_equations(traced.jaxpr)}
-    cheap, dear = set(_CHEAP.split()), set(_DEAR.split())
-    if operations <= cheap:
+    operations, cheap = _operations(traced), set(_CHEAP.split())
+    if any(name.startswith("custom_vjp") for name in operations):
+        return Activation(function, DerivativeForm.SEPARATE)
+    if cheap.issuperset(operations):
         return Activation(function, DerivativeForm.REPEATED)
-    if operations <= cheap | dear:
+    if cheap.union(_DEAR.split()).issuperset(operations) and _is_generic(function, operations, dtype):
         return Activation(function, DerivativeForm.REPEATED_WIDE)
     return Activation(function, DerivativeForm.STORED)
+
+
+def _operations(traced: ClosedJaxpr) -> list[str]:
+    return [equation.primitive.name for equation in _all_equations(traced.jaxpr)]
+
+
+def _is_generic(function: Function, operations: list[str], dtype: np.dtype) -> bool:
+    """Whether the function does the same to arrays of the dtype in which y is computed."""
+    wide = compute_dtype(dtype)
+    if wide == dtype:
+        return True
+    try:
+        traced, result = trace(function, wide)
+    except Exception:
+        return False
+    here, there = (set(names) - {"convert_element_type"} for names in (operations, _operations(traced)))
+    return keeps_shape(result, wide) and here == there
 
 
 def trace(function: Function, dtype: np.dtype) -> tuple[ClosedJaxpr, Any]:
@@ -98,23 +119,26 @@ def keeps_shape(result: Any, dtype: np.dtype) -> bool:
     return getattr(result, "shape", None) == _PROBE and result.dtype == dtype
 
 
-def first_mixing(traced: ClosedJaxpr) -> str | None:
+def first_mixing(function: Function, traced: ClosedJaxpr, dtype: np.dtype) -> str | None:
     """The first operation by which an entry may depend on other entries, or on where it stands."""
-    return next((e.primitive.name for e in _all_equations(traced.jaxpr) if _mixes(e)), None)
+    looked_at = [traced]
+    if "custom_jvp_call" in _operations(traced):  # its rule may do anything
+        probe = jax.ShapeDtypeStruct(_PROBE, dtype)
+        looked_at += [jax.make_jaxpr(lambda y, y_dot: jax.jvp(function, (y,), (y_dot,)))(probe, probe)]
+    equations = (equation for each in looked_at for equation in _all_equations(each.jaxpr))
+    return next((equation.primitive.name for equation in equations if _mixes(equation)), None)
 
 
 def _mixes(equation: JaxprEqn) -> bool:
-    """Whether it is known to mix, takes entries away from their places, or puts them there from elsewhere."""
-    name = equation.primitive.name
-    if name in _MIXING.split() or name.startswith(_MIXING_KINDS):
-        return True
+    """Whether it is not known to look at each entry alone, or takes entries away from their places."""
+    name, inner = equation.primitive.name, [_shapes(jaxpr.invars) for jaxpr in _inner(equation)]
     inputs, outputs = _shapes(equation.invars), _shapes(equation.outvars)
-    inner = [_shapes(jaxpr.invars) for jaxpr in _inner(equation)]
     if inner:  # which is looked at by itself; a loop over rows would show there as a function of rows
         return name == "scan" and inputs.count(_PROBE) != inner[0].count(_PROBE)
-    if _PROBE in inputs and set(outputs) != {_PROBE}:
-        return True
-    return _PROBE in outputs and not (inputs and all(map(_is_entrywise, inputs)))
+    if _PROBE not in (*inputs, *outputs):
+        return False
+    is_elementwise = name in (_CHEAP + _DEAR + _DEAREST).split()
+    return not (is_elementwise and inputs and all(map(_is_entrywise, (*inputs, *outputs))))
 
 
 def _shapes(values: Sequence[Any]) -> list[tuple[int, ...]]:
@@ -152,10 +176,12 @@ def _is_gelu(function: Function) -> bool:
 
 def same_partial(function: Function) -> Function:
     """One object for equal `functools.partial`s, which differ by identity: jit would compile for each."""
-    if not isinstance(function, functools.partial):
+    is_plain = type(function) in (functools.partial, jax.tree_util.Partial)  # not what is made of them
+    if not isinstance(function, functools.partial) or not is_plain:
         return function
-    args = tuple((type(value), value) for value in function.args)
-    keywords = tuple((name, type(value), value) for name, value in sorted(function.keywords.items()))
+    # By their text too: 0.0 equals -0.0, and 0.5 equals float32(0.5), which makes float32 of bfloat16.
+    args = tuple((repr(value), value) for value in function.args)
+    keywords = tuple((name, repr(value), value) for name, value in sorted(function.keywords.items()))
     try:
         return _partial(function.func, args, keywords)
     except TypeError:  # it holds what has no hash

@@ -204,10 +204,11 @@ def batch_norm(
         added where x is masked too.
       activation: "relu", or any function of each entry of a real array, such as `jax.nn.silu` or
         `functools.partial(jax.nn.leaky_relu, negative_slope=0.1)`: gives `activation(y + residual)`, with the
-        values and gradients of the separate operations. The backward pass keeps x, and computes the rest
-        again; with a residual also that, or for relu the result. What is static about it is the function
-        itself: define it once, since outside of jit each new one is compiled. `jax.nn.gelu` is computed as
-        y logistic(2 u) instead of y (1 + tanh(u)) / 2, which is the same.
+        values and gradients of the separate operations. The backward pass keeps x and computes y again;
+        with a residual it keeps that too, and for relu y instead. A function with a `custom_vjp` is applied
+        to y. The function is a static argument, compared by identity (a `functools.partial` by what it
+        holds): define it once, or outside of jit each new one is compiled. `jax.nn.gelu` is computed as
+        y logistic(2 u), which equals y (1 + tanh(u)) / 2.
       dtype: of y; None: x's.
       return_moments: whether the moments of the batch are returned too, in training and in evaluation: over
         all devices, and without masked entries. Training measures them in any case. Differentiable.

@@ -1,5 +1,6 @@
 """`batch_norm` behind its signature, as the layers call it too: prepare, train or evaluate, update."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from jbn._core.activation import DerivativeForm
 from jbn._core.affine import Inputs, NormConfig, normalize_with
 from jbn._core.arguments import Stats, check_batch_size, prepare
 from jbn._core.dtypes import compute_dtype, reduction_dtype
@@ -113,6 +115,9 @@ def _train(
     config: NormConfig, inputs: Inputs, batch_stats: BatchStats | None, options: Options
 ) -> tuple[Array, ShiftedMoments]:
     """y by the moments of the batch, or of each group of it; and those of the whole batch."""
+    if config.activation is not None and config.derivative_form is DerivativeForm.SEPARATE:
+        y, measured = _train(dataclasses.replace(config, activation=None), inputs, batch_stats, options)
+        return config.activation.function(y), measured
     hints = RunningHints(None, None)
     if batch_stats is not None:
         reference = None

@@ -280,7 +280,7 @@ def _tangent_of_y(
     if form in (DerivativeForm.REPEATED, DerivativeForm.REPEATED_WIDE):
         within = config
         if form is DerivativeForm.REPEATED_WIDE:
-            within = dataclasses.replace(config, dtype=measured.var.dtype)
+            within = dataclasses.replace(config, dtype=compute_dtype(config.dtype, measured.var.dtype))
         derivative = functools.partial(_activation_derivative, within, inputs, measured, offset.dtype)
         x_dot_term = derivative(1) * x_dot_term
         affine_term = derivative(2) * constant + derivative(3) * (slope * offset)

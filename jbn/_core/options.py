@@ -25,6 +25,7 @@ from jbn._core.errors import ArgumentError, describe, error
 from jbn._core.renorm import Renorm
 from jbn._core.types import ActivationLike, Axes, AxisIndexGroups, AxisName, X
 
+_APPLY = "Apply it to y."
 _NUMBERS = (int, float, np.number, np.ndarray, jax.Array)
 
 
@@ -243,13 +244,16 @@ def prepare_activation(given: Any, dtype: np.dtype) -> Activation | None:
     name = getattr(function, "func", function)
     shown = f"the function {getattr(name, '__name__', type(name).__name__)}"
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise _activation_error(f"{shown} for y of {dtype}", "Apply it to y.")
+        raise _activation_error(f"{shown} for y of {dtype}", _APPLY)
     if function is jax.nn.relu:
         return RELU
     if jax.tree.leaves(function) != [function]:
         raise _activation_error(f"{shown}, which holds arrays", "They get no gradient here: apply it to y.")
     try:
         hash(function)
+    except TypeError:
+        raise _activation_error(f"{shown}, which has no hash", _APPLY) from None
+    try:
         traced, result = trace(function, dtype)
     except Exception as cause:
         tried = f"{shown}, which raises {type(cause).__name__} for {dtype}[3,5]"
@@ -257,13 +261,13 @@ def prepare_activation(given: Any, dtype: np.dtype) -> Activation | None:
     if not keeps_shape(result, dtype):
         made = f"{shown}, which makes {describe(result)} of {dtype}[3,5]"
         raise _activation_error(made, "Apply what changes shape or dtype to y.")
-    if (mixing := first_mixing(traced)) is not None:
-        raise _activation_error(f"{shown}, in which {mixing} combines or moves entries", "Apply it to y.")
+    if (mixing := first_mixing(function, traced, dtype)) is not None:
+        raise _activation_error(f"{shown}, in which {mixing} may combine or move entries", _APPLY)
     if any(isinstance(const, jax.core.Tracer) for const in traced.consts):
         raise _activation_error(
             f"{shown}, which closes over traced arrays", "They get no gradient here: apply it to y."
         )
-    return activation_of(function, traced)
+    return activation_of(function, traced, dtype)
 
 
 def _activation_error(got: str, fix: str) -> ArgumentError:

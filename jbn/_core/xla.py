@@ -182,11 +182,14 @@ def gelu(y: Array) -> Array:
 
 @gelu.defjvp
 def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """y_dot (gate + y gate'), where gate' = gate (1 - gate) (2 u)'.
+
+    1 - gate as logistic(-2 u) would keep more digits in 16 bits, where f' is off by up to 0.03 (JAX's: 0.02),
+    but is a second logistic: two passes more.
+    """
     (y,), (y_dot,) = primals, tangents
     gate, slope = _gate(y)
-    return y * gate, y_dot * (
-        gate + gate * (1 - gate) * y * slope
-    )  # gate + y gate', gate' = gate (1 - gate) (2 u)'
+    return y * gate, y_dot * (gate + gate * (1 - gate) * y * slope)
 
 
 def _gate(y: Array) -> tuple[Array, Array]:

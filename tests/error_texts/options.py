@@ -174,9 +174,14 @@ TEXTS = {
     ),
     "an activation of whole rows": (
         lambda: call(activation=jax.nn.softmax),
-        "jbn.batch_norm: activation is the function softmax, in which reduce_max combines or moves entries. "
-        "Expected None, 'relu', or a function of each entry of a real array, such as jax.nn.silu. Apply it "
-        "to y.",
+        "jbn.batch_norm: activation is the function softmax, in which reduce_max may combine or move "
+        "entries. Expected None, 'relu', or a function of each entry of a real array, such as jax.nn.silu. "
+        "Apply it to y.",
+    ),
+    "an activation without a hash": (
+        lambda: call(activation=nn.Dense(3, parent=None).clone(kernel_init=[])),
+        "jbn.batch_norm: activation is the function Dense, which has no hash. Expected None, 'relu', or a "
+        "function of each entry of a real array, such as jax.nn.silu. Apply it to y.",
     ),
     "an activation that fits one shape": (
         lambda: call(activation=functools.partial(np.dot, b=np.eye(3, dtype=np.float32))),
