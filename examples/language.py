@@ -8,7 +8,7 @@ the places, in all languages, is the test. The net is that of speech.py, smaller
 with batch norm and without. Beside it stands a plain baseline: naive Bayes on runs of one to three
 characters.
 
-Reference: https://cldr.unicode.org, under the Unicode License.
+Reference: https://cldr.unicode.org, under the Unicode License; https://babel.pocoo.org.
 """
 
 from collections import Counter, defaultdict
@@ -31,6 +31,8 @@ from progress import ProgressBar
 from sequences import Fcn, Sequences, make_fit, padded
 from training import make_accuracy
 
+# All in the Latin script, since another would give the language away. Of the closest relatives, such as Czech
+# and Slovak or Swedish and Danish, there is one alone: names that languages share are left out.
 LANGUAGES = (
     "cs", "cy", "de", "es", "et", "eu", "fi", "fr", "ga", "hu", "id", "is",
     "it", "lt", "lv", "nl", "pl", "pt", "ro", "sq", "sv", "sw", "tr", "vi",
@@ -38,6 +40,10 @@ LANGUAGES = (
 LONGEST = 24  # longer names are left out
 TEST_PART = 5  # one place in so many is for the test
 BATCH_SIZE, FEATURES = 64, (64, 128, 64)
+# To each count of naive Bayes. Of 1, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03 and 0.01 it is the one that does best on
+# each quarter of the training places in turn, on average, when the other three are counted. The usual 1 is
+# too much, since most runs do not occur in a language.
+ADDED = 0.2
 KINDS = {"with": True, "without": False}
 
 
@@ -91,17 +97,17 @@ def encoded(sets: tuple[Names, Names]) -> tuple[list[Sequences], int]:
 
 
 def naive_bayes(train_set: Names, test_set: Names) -> float:
-    """The test accuracy of argmax over languages of sum(log p(run | language)), one added to every count."""
+    """The test accuracy of argmax over languages of sum(log p(run | language)), all counts raised."""
     counts = [Counter() for _ in LANGUAGES]
     for name, label in zip(*train_set, strict=True):
         counts[label].update(runs(name))
     known = len(set().union(*counts))
-    totals = [one.total() + known for one in counts]
+    totals = [one.total() + ADDED * known for one in counts]
     right = 0
     for name, label in zip(*test_set, strict=True):
         found = runs(name)
         scores = [
-            sum(np.log((one[run] + 1) / total) for run in found)
+            sum(np.log((one[run] + ADDED) / total) for run in found)
             for one, total in zip(counts, totals, strict=True)
         ]
         right += int(np.argmax(scores)) == label
@@ -162,7 +168,7 @@ def draw(numbers: Mapping[str, Any], output: Path) -> None:
         "with batch norm": (np.mean(numbers["with"]), COLORS["with"]),
         "without": (np.mean(numbers["without"]), COLORS["without"]),
         "naive Bayes": (numbers["naive Bayes"], INK),
-        "most frequent": (numbers["most frequent"], INK),
+        "most frequent language": (numbers["most frequent"], INK),
     }
     for row, (name, (accuracy, color)) in enumerate(bars.items()):
         axes.barh(row, accuracy, color=color)
