@@ -33,7 +33,7 @@ from batches import check_seeds, whole_batches
 from errors import one_line_errors
 from figures import COLORS, label_ends, save_numbers, save_picture, table
 from idx import MNIST, NUM_CLASSES, Split, load_splits
-from models import to_unit_range
+from models import standardized
 from progress import ProgressBar
 
 DEPTH, WIDTH, ROWS = 40, 512, 1024  # at initialization
@@ -157,7 +157,7 @@ def best_rate(kind: Kind, depth: int, train_set: Split, test_set: Split, rows: j
     params["last"] = jax.random.normal(keys[2], (NARROW, NUM_CLASSES)) / math.sqrt(NARROW)
 
     def logits(params, stats, images, *, train):
-        x = (to_unit_range(images).reshape(len(images), -1) - 0.13) / 0.31  # mean and deviation of MNIST
+        x = standardized(images).reshape(len(images), -1)
         hidden = {name: params[name] for name in ("w", "norm")}
         x, stats = layers(kind, hidden, stats, x @ params["first"], train=train)
         return x @ params["last"], stats

@@ -20,7 +20,7 @@ import speech
 from errors import UsageError
 from models import Plain
 from tests.support.cases import assert_close
-from tests.support.gallery import TEST_SIZE, four
+from tests.support.gallery import TEST_SIZE, four, watched
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -133,10 +133,13 @@ def test_learning_rates_say_what_was_measured(run):
 @pytest.mark.training
 def test_regularization_says_what_was_measured(run):
     kinds = {name: regularization.KINDS[name] for name in ("without", "with both")}
-    numbers, said = run(regularization, 2, {"seeds": 2}, FEW=16, SIZES=(4,), KINDS=kinds)
-    lowest = min(min(found["train"]) for found in numbers.values())
-    widest = max(max(found["deviation"]) for found in numbers.values())
-    assert said == [f"{lowest:.3f}", f"{widest:.3f}"]
+    calls = []
+    watching = watched(regularization.run, calls)
+    numbers, said = run(regularization, 2, {"seeds": 2}, FEW=16, SIZES=(4,), KINDS=kinds, run=watching)
+    trained, tested = np.array([accuracies for _, accuracies in calls], np.float64).swapaxes(0, 1)
+    assert trained.shape == tested.shape == (2, 2)  # kinds and seeds
+    spread = np.abs(tested[:, 0] - tested[:, 1]) / 2
+    assert said == [f"{np.min(trained.sum(1) / 2):.3f}", f"{np.max(spread):.3f}"]
     for found in numbers.values():
         assert_shares(16 * 2, found["train"])
         assert_shares(TEST_SIZE * 2, found["test"])
