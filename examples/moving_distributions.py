@@ -140,7 +140,7 @@ def make_medians(net: Net) -> Callable[[State, jax.Array, jax.Array], jax.Array]
 
 
 def summary(steps: list[int], accuracies: list[float], medians: np.ndarray) -> dict[str, Any]:
-    """When the goal was seen, how far a typical median moves at a time, and the curves."""
+    """When the goal was seen, how far a median moves at a time, and the curves."""
     reached = [step for step, accuracy in zip(steps, accuracies, strict=True) if accuracy >= GOAL]
     moved = np.abs(np.diff(medians, axis=0))
     typical = np.argsort(np.ptp(medians, axis=0))[HIDDEN // 2]  # as many units drift more as drift less
@@ -159,9 +159,9 @@ def sentence(numbers: dict[str, Any]) -> str:
     plain_drift, drift, noisy_drift = (one["moved"] for one in numbers.values())
     return (
         f"With the noise {GOAL:.0%} is reached {goals[2]}, with batch norm alone {goals[1]}, and without"
-        f" {goals[0]}; in the end the test accuracy is {noisy:.4f}, {ours:.4f} and {without:.4f}. The median"
-        f" input to a typical sigmoid moves by {noisy_drift:.3f} from one measurement to the next, against"
-        f" {drift:.3f} and {plain_drift:.3f}."
+        f" {goals[0]}; in the end the test accuracy is {noisy:.4f}, {ours:.4f} and {without:.4f}. From one"
+        f" measurement to the next, the median input to a sigmoid moves by {noisy_drift:.3f}, against"
+        f" {drift:.3f} and {plain_drift:.3f}; of all units and steps this is the median."
     )
 
 

@@ -79,10 +79,10 @@ def stages(
 def report(numbers: Mapping[str, Any]) -> str:
     """The table: mean and standard deviation of each stage."""
     rows = [
-        [mode, *(f"{mean:.2f}, {deviation:.2f}" for mean, deviation in found.values())]
+        [mode, *(f"{mean:z.2f}, {deviation:.2f}" for mean, deviation in found.values())]
         for mode, found in numbers.items()
     ]
-    return table(["mean, deviation", *STAGES], *rows)
+    return table(["", *STAGES], *rows)
 
 
 def sentence(numbers: Mapping[str, Any]) -> str:
