@@ -8,8 +8,8 @@ it vanishes, and batch norm holds it. With relus it is the other way round: He's
 and batch norm makes it grow towards the input, by pi / (pi - 1) a layer in mean-field theory, unless there
 are skip connections.
 
-Right: nets of 10, 40 and 100 such layers, of width 64, learn MNIST for 200 steps of SGD in batches of 128,
-each at the best of three learning rates, 0.01, 0.1 and 1.
+Right: nets of 10 and 40 such layers, of width 64, learn MNIST for 1,500 steps of SGD in batches of 128, each
+at the best of five learning rates from 0.003 to 0.3.
 
 References: He et al. 2015, arXiv 1502.01852; Yang et al. 2019, arXiv 1902.08129.
 """
@@ -39,8 +39,8 @@ from progress import ProgressBar
 DEPTH, WIDTH, ROWS = 40, 512, 1024  # at initialization
 SETTLED = DEPTH - 10  # layers: in the last ones the gradient is not yet what theory speaks of
 THEORY = math.pi / (math.pi - 1)
-DEPTHS, NARROW, BATCH_SIZE = (10, 40, 100), 64, 128  # in training
-RATES = (0.01, 0.1, 1.0)
+DEPTHS, NARROW, BATCH_SIZE = (10, 40), 64, 128  # in training
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 class Kind(NamedTuple):
@@ -65,7 +65,7 @@ KINDS = {
 
 
 def main(
-    steps: int = 200, seeds: int = 3, output: Path = Path("runs/deep_gradients.png")
+    steps: int = 1500, seeds: int = 3, output: Path = Path("runs/deep_gradients.png")
 ) -> dict[str, dict[str, Any]]:
     """Measures gradients at initialization, trains, draws both and says what shows.
 
@@ -112,7 +112,7 @@ def init(kind: Kind, depth: int, width: int, key: jax.Array) -> tuple[ArrayTree,
 def layers(
     kind: Kind, params: ArrayTree, stats: ArrayTree, x: jax.Array, *, train: bool
 ) -> tuple[jax.Array, ArrayTree]:
-    """All layers, in one loop, so that a hundred compile as fast as one; and their new statistics."""
+    """All layers, in one loop, so that many compile as fast as one; and their new statistics."""
 
     def layer(x: jax.Array, of_layer: tuple[ArrayTree, ArrayTree]) -> tuple[jax.Array, ArrayTree]:
         params, stats = of_layer
