@@ -25,7 +25,7 @@ import jbn.tools
 import parallel
 from batches import Batch
 from errors import one_line_errors
-from figures import save_picture
+from figures import COLORS, INK, save_picture
 from idx import MNIST, Split, load_splits
 from models import Cnn
 from parallel import State, TrainStep
@@ -34,6 +34,7 @@ from progress import ProgressBar
 BATCH_SIZE, SMALL_BATCH, TEST_BATCH = 128, 8, 1000
 FEW = 1000  # new digits to learn from
 MEASUREMENTS = 5  # of each fine-tuning, the first before it
+LINES = {"frozen": INK, "live": COLORS["with"], "recalibrated": COLORS["other"]}
 model = Cnn()
 count_correct = parallel.count_correct(model)
 
@@ -159,12 +160,13 @@ def draw(curves: dict[str, list[float]], steps: int, old: Split, new: Split, out
     digits_axes.imshow(np.vstack(pair), cmap="gray", vmin=0, vmax=255)
     digits_axes.set(title="old digits, new digits", xticks=[], yticks=[])
     for name, curve in curves.items():
-        axes.plot(np.linspace(0, steps, len(curve)), 1 - np.array(curve), "o-", label=name)
+        places = np.linspace(0, steps, len(curve))
+        axes.plot(places, 1 - np.array(curve), "o-", color=LINES[name], markersize=4, label=name)
     axes.set(title="test error on the new ones", xlabel="step of fine-tuning", yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, labelcolor="linecolor")
     save_picture(figure, output)
 
 

@@ -209,7 +209,7 @@ def draw(histories: dict[str, History], output: Path) -> None:
     for name, history in histories.items():
         accuracy_axes.plot(history.steps, history.accuracy, color=COLORS[name], label=name)
     accuracy_axes.set(title="(a) test accuracy", ylim=(0.7, 1.0))
-    accuracy_axes.legend(frameon=False, loc="lower right")
+    accuracy_axes.legend(frameon=False, loc="lower right", labelcolor="linecolor")
     draw_percentiles(plain_axes, histories["without"], "(b) input to a sigmoid, without")
     draw_percentiles(our_axes, histories["with batch norm"], "(c) to one with batch norm")
     our_axes.sharey(plain_axes)

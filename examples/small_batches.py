@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 import jbn
 from batches import whole_batches
 from errors import one_line_errors
-from figures import LABEL, save_picture
+from figures import COLORS, INK, LABEL, save_picture
 from idx import MNIST, NUM_CLASSES, Split, load_splits
 from jbn.linen import BatchNorm
 from models import to_unit_range
@@ -41,7 +41,7 @@ from progress import ProgressBar
 SIZES = (2, 4, 8, 16, 32, 64, 128)
 DEVICES, LARGE, HIDDEN = 8, 128, 64
 LEARNING_RATE, MOMENTUM = 0.2, 0.9  # for steps of LARGE images
-COLORS = {"plain": "tab:red", "synchronised": "tab:blue", "ghost": "tab:gray", "renorm": "tab:green"}
+LINES = {"plain": COLORS["with"], "synchronised": COLORS["other"], "ghost": INK, "renorm": "tab:green"}
 
 
 class Net(nn.Module):
@@ -76,7 +76,7 @@ def main(
     train_set, test_set = jax.device_put((train_set, test_set))
     init = jax.jit(Net(BatchNorm).init, static_argnames="train")
     variables = init(jax.random.key(seed), train_set.images[:1], train=False)
-    accuracies = {kind: {} for kind in COLORS}
+    accuracies = {kind: {} for kind in LINES}
     for kind, found in accuracies.items():
         with ProgressBar(kind, len(SIZES) * rows.size) as bar:
             for size in SIZES:
@@ -171,9 +171,9 @@ def draw(accuracies: Mapping[str, Mapping[int, float]], output: Path) -> None:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for kind, found in accuracies.items():
-        axes.plot(SIZES, found.values(), "o-", color=COLORS[kind], markersize=4)
+        axes.plot(SIZES, found.values(), "o-", color=LINES[kind], markersize=4)
         end = SIZES[0], found[SIZES[0]]
-        axes.annotate(kind, end, (-8, 0), ha="right", va="center", color=COLORS[kind], **LABEL)
+        axes.annotate(kind, end, (-8, 0), ha="right", va="center", color=LINES[kind], **LABEL)
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.7, SIZES[-1] * 1.2)
     axes.set_xticks(SIZES, SIZES)

@@ -121,7 +121,7 @@ def test_accumulated_statistics_are_those_of_whole_batches(run):
 def test_kinds_that_measure_the_same_images_learn_the_same(run):
     calls = []
     found, said = run(small_batches, 1, SIZES=(2, 16), LARGE=16, train=watched(small_batches.train, calls))
-    small, large = ([found[kind][size] for kind in small_batches.COLORS] for size in (2, 16))
+    small, large = ([found[kind][size] for kind in small_batches.LINES] for size in (2, 16))
     ends_of_the_table = ["2", *four(*small[:2]), "8", *four(*small[2:]), "16", *four(*large)]
     assert said == [*ends_of_the_table, "8", "2", *four(small[1]), "16", *four(large[0])]
     ends = {(kind, size): state for (kind, size, *_), state in calls}
@@ -130,7 +130,7 @@ def test_kinds_that_measure_the_same_images_learn_the_same(run):
     for same in (("synchronised", 2), ("ghost", 16)):
         assert_trees_close(ends[same], whole, 1e-5)
     # ... and what measures other images 0.17 or more, at least in one of the weights.
-    for one, other in itertools.combinations(small_batches.COLORS, 2):
+    for one, other in itertools.combinations(small_batches.LINES, 2):
         assert difference(ends[one, 2].params, ends[other, 2].params) > 1e-2
 
 
