@@ -221,6 +221,9 @@ def test_naive_bayes_counts_runs_of_characters(monkeypatch):
     train_set = language.Names(["ab", "ac", "ad", "ae", "a"], [0, 0, 0, 0, 1])
     # The first language has more of each run, and less of them for what it has in all.
     assert language.naive_bayes(train_set, language.Names(["a", "b", "c"], [1, 0, 1])) == 2 / 3
+    # The second has what the first lacks, but more runs in all: with 1 added, the first would be chosen.
+    few = language.Names(["x", "xy", "q"], [0, 1, 1])
+    assert language.naive_bayes(few, language.Names(["xyy"], [1])) == 1
 
 
 @pytest.mark.parametrize("example", [deep_gradients, regularization, speech, language])
