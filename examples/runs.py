@@ -32,6 +32,11 @@ def set_aside(folder: Path) -> Path | None:
     return earlier
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in `folder` can go on. One that is half written has a longer name than its step."""
+    return any(path.name.isdecimal() for path in (folder / CHECKPOINTS).glob("*"))
+
+
 class Checkpoints:
     """Saves and restores a state of NumPy arrays, with the settings that it was trained by.
 

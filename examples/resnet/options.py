@@ -76,7 +76,7 @@ class Config:
     checkpoint_every: int = 1000
     """Steps between checkpoints, besides those at the end of each epoch."""
     resume: bool = False
-    """Go on with the run in the output folder."""
+    """Go on with the run in the output folder, or begin one where it holds no checkpoint."""
     tensorboard: bool = False
     """Write for TensorBoard too, in tensorboard/ of the output folder."""
     devices: int | None = None

@@ -40,7 +40,7 @@ from resnet.step import (
     make_train_step,
     recalibrate,
 )
-from runs import Checkpoints, set_aside
+from runs import Checkpoints, has_checkpoint, set_aside
 
 LOG_EVERY = 10  # steps between rows of metrics.csv; each waits for the device, so not every step
 TOO_MANY = 20  # steps in a row with NaN gradients: the run is lost
@@ -120,22 +120,27 @@ class Run:
 
     def _open_folder(self) -> None:
         """Begins at step 0, or where the run in the folder was."""
-        state, self.step, output, data = self._initial_state(), 0, self.config.output, None
+        output, data = self.config.output, None
+        # Only the main process needs to see the folder.
+        resume = hosts.any_process(self.config.resume and hosts.is_main() and has_checkpoint(output))
+        state, self.step = self._initial_state(resume=resume), 0
         if hosts.is_main():
-            earlier = None if self.config.resume else set_aside(output)
+            if self.config.resume and not resume:
+                print(f"--resume: {output} holds no checkpoint, so this run begins at step 0")
+            earlier = None if resume else set_aside(output)
             if earlier:
                 print(f"the earlier run in {output} is now in {earlier}")
-            self.checkpoints = Checkpoints(output, create=not self.config.resume)
-            if self.config.resume:
+            self.checkpoints = Checkpoints(output, create=not resume)
+            if resume:
                 self.step, state, data = self.checkpoints.restore(state, self._settings())
                 print(f"resuming {output} at step {self.step} of {self.total_steps}")
             self.log = Log(output, last_step=self.step, tensorboard=self.config.tensorboard)
         step, state = hosts.from_main((np.array(self.step), state))
         self.step, self.state = int(step), self.placement.put_state(state)
-        if self.config.resume:
+        if resume:
             self.batches.set_state(hosts.json_from_main(data))
 
-    def _initial_state(self) -> State:
+    def _initial_state(self, *, resume: bool) -> State:
         """A new state; of one that is about to be restored, only the structure."""
 
         def init(key: jax.Array) -> State:
@@ -146,7 +151,7 @@ class Run:
             return State(jnp.int32(0), params, variables["batch_stats"], opt_state, average)
 
         key = jax.random.key(self.config.seed)
-        if self.config.resume:
+        if resume:
             return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(init, key))
         return jax.device_get(jax.jit(init)(key))
 

@@ -213,6 +213,16 @@ def test_a_run_that_is_preempted_goes_on_bit_for_bit(options, tmp_path, monkeypa
         resnet.train.train(Config(**options | {"resume": True, "seed": 1}))
 
 
+def test_resuming_nothing_begins_a_run(options, capsys):
+    """A requeued job has one command; a checkpoint that was being written when it was killed is none."""
+    (options["output"] / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    run = new_run(options, resume=True)
+    assert run.step == 0
+    assert f"--resume: {options['output']} holds no checkpoint" in capsys.readouterr().out
+    run.train_on(next(run.batches))
+    run.close()
+
+
 def test_the_model_is_the_average_with_statistics_measured_anew(options):
     options |= {"average": 0.5, "recalibrate_batches": 2, "epochs": 1}
     resnet.train.train(Config(**options))
