@@ -62,6 +62,8 @@ class Pictures:
             with Image.open(path) as image:
                 return image.convert("RGB"), self._labels[index]
         except Exception as error:  # Pillow has a class for each way to be broken
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the picture's
+                raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
             problem = f"{path}: cannot be decoded: {error}"
         if self._broken == "stop":
             raise UsageError(f"{problem} (--broken skip goes on without it)")

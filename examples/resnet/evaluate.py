@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -31,7 +32,12 @@ CALLS = 30  # of which the median is told
 
 
 def main(
-    model: Path, data_dir: Path, batch_size: int = 256, latency_batch: int = 1, threads: int = 4
+    model: Path,
+    data_dir: Path,
+    batch_size: int = 256,
+    latency_batch: int = 1,
+    threads: int = 4,
+    broken: Literal["skip", "stop"] = "skip",
 ) -> tuple[float, float]:
     """Tests a model.
 
@@ -41,20 +47,22 @@ def main(
       batch_size: Pictures in a batch, over all devices.
       latency_batch: Pictures in a call whose time is measured, on one device.
       threads: Threads that decode pictures.
+      broken: A picture that cannot be decoded is left out of the count with a warning, or ends the program.
     """
     for name, value in {"batch-size": batch_size, "latency-batch": latency_batch, "threads": threads}.items():
         if value < 1:
             raise UsageError(f"--{name} {value}: expected 1 or more")
     net, variables, about = load_model(model)
-    pictures = Pictures(data_dir)
+    pictures = Pictures(data_dir, broken=broken)
     if pictures.classes != about["classes"]:
         raise UsageError(f"{data_dir}: its class folders are not the classes of {model}")
     placement = parallel.Placement(hosts.choose_devices(None), stacked=False)
     crops = CenterCrops(pictures, about["image_size"], part=about["center_crop"])
     size = num_batches(batch_size, placement.num_devices) * placement.num_devices
     batches = evaluation_batches(crops, len(pictures), size, threads=threads)
-    top1, top5 = accuracy(make_evaluation_step(net), placement.replicate(variables), batches, placement)
-    print(f"{len(pictures)} pictures: top 1 {top1:.4f}, top 5 {top5:.4f}")
+    on_devices = placement.replicate(variables)
+    top1, top5, count = accuracy(make_evaluation_step(net), on_devices, batches, placement)
+    print(f"{count} pictures: top 1 {top1:.4f}, top 5 {top5:.4f}")
     images = np.zeros((latency_batch, about["image_size"], about["image_size"], 3), np.uint8)
     for name, call in (("as it is", serving(net, variables)), ("folded", serving(net, fold(net, variables)))):
         print(f"{latency_batch} picture(s) in {1000 * latency(call, images):.2f} ms, {name}")

@@ -147,15 +147,15 @@ def accuracy(
     variables: ArrayTree,
     batches: grain.DatasetIterator,
     placement: Placement,
-) -> tuple[float, float]:
-    """The parts of all pictures whose label is the net's first guess, and among its first five."""
+) -> tuple[float, float, int]:
+    """The parts of all pictures whose label is the net's first guess, and among its first five; how many."""
     counts = np.zeros(3, np.int64)
     for batch in batches:
         counts += placement.get(count(variables, placement.shard(batch)))
     batches.close()
     if counts[2] == 0:
         raise UsageError("none of the pictures to test on can be decoded")
-    return float(counts[0] / counts[2]), float(counts[1] / counts[2])
+    return float(counts[0] / counts[2]), float(counts[1] / counts[2]), int(counts[2])
 
 
 def recalibrate(model: ResNet, variables: ArrayTree, batches: Iterable[Batch]) -> ArrayTree:

@@ -208,7 +208,7 @@ class Run:
         crops = CenterCrops(self.test_pictures, config.image_size, part=config.center_crop)
         size = num_batches(config.batch_size, devices) * devices
         batches = evaluation_batches(crops, len(self.test_pictures), size, **self.readers)
-        return accuracy(self.evaluation_step, variables, batches, self.placement)
+        return accuracy(self.evaluation_step, variables, batches, self.placement)[:2]
 
     def _log(self, report: Report, **measured: float) -> float:
         """Writes a row of metrics.csv; returns the loss as a number."""

@@ -1,5 +1,6 @@
 """The pictures of the ResNet example: the same batches however they are read, and none twice."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -152,6 +153,17 @@ def test_a_broken_picture_stops_the_run_if_that_is_asked_for(with_broken):
         UsageError, match=r"cat/\d\.png: cannot be decoded: .* \(--broken skip goes on without it\)$"
     ):
         take(reader(Pictures(with_broken, broken="stop"), threads=2), STEPS)
+
+
+def test_a_file_that_cannot_be_read_is_no_broken_picture(pictures, monkeypatch):
+    """A disk that is gone would else skip every picture."""
+
+    def gone(path):
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    monkeypatch.setattr(Image, "open", gone)
+    with pytest.raises(UsageError, match=r"cat/0\.png: cannot be read: Input/output error$"):
+        pictures.decode(0)
 
 
 def test_a_folder_that_does_not_fit_is_named(tmp_path):

@@ -126,6 +126,10 @@ def test_evaluation_tells_what_the_model_gets_right(model, data_dir, tmp_path, m
     said = capsys.readouterr().out
     assert f"18 pictures: top 1 {top1:.4f}, top 5 {top5:.4f}" in said
     assert len(re.findall(r"^1 picture\(s\) in \d+\.\d\d ms, (?:as it is|folded)$", said, re.MULTILINE)) == 2
+    shutil.copytree(data_dir / "val", tmp_path / "broken")
+    (tmp_path / "broken" / "cat" / "0.png").write_text("no picture")
+    resnet.evaluate.main(path, tmp_path / "broken", batch_size=8)
+    assert "17 pictures: top 1" in capsys.readouterr().out
     shutil.copytree(data_dir / "val", tmp_path / "fewer", ignore=shutil.ignore_patterns("owl"))
     with pytest.raises(
         UsageError, match=r"fewer: its class folders are not the classes of .*model\.safetensors"
