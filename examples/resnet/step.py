@@ -7,6 +7,7 @@ A batch whose gradients are NaN or inf, from one overflow in bfloat16 or one bad
 no more: its statistics are as spoiled as its gradients.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -147,12 +148,18 @@ def accuracy(
     variables: ArrayTree,
     batches: grain.DatasetIterator,
     placement: Placement,
+    *,
+    before_each: Callable[[], None] = lambda: None,
 ) -> tuple[float, float, int]:
-    """The parts of all pictures whose label is the net's first guess, and among its first five; how many."""
+    """The parts of all pictures whose label is the net's first guess, and among its first five; how many.
+
+    `before_each`: called before each batch; may raise to end it.
+    """
     counts = np.zeros(3, np.int64)
-    for batch in batches:
-        counts += placement.get(count(variables, placement.shard(batch)))
-    batches.close()
+    with contextlib.closing(batches):
+        for batch in batches:
+            before_each()
+            counts += placement.get(count(variables, placement.shard(batch)))
     if counts[2] == 0:
         raise UsageError("none of the pictures to test on can be decoded")
     return float(counts[0] / counts[2]), float(counts[1] / counts[2]), int(counts[2])

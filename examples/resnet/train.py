@@ -68,7 +68,7 @@ def train(config: Config) -> float:
         with StopRequest() as stop:
             while run.step < run.total_steps:
                 run.train_epoch(stop)
-        return run.finish()
+            return run.finish(stop)
     finally:
         run.close()
 
@@ -167,20 +167,24 @@ class Run:
         total, done = ((steps - first) * size for steps in (last, self.step))
         with ProgressBar(f"epoch {epoch + 1}", total, done=done, visible=hosts.is_main()) as bar:
             while self.step < last:
-                self._stop_if_asked(stop)
+                # To ask the other processes costs a message.
+                if jax.process_count() == 1 or self.step % LOG_EVERY == 0:
+                    self._stop_if_asked(stop, save=True)
                 report = self.train_on(next(self.batches))
                 bar.update(size)
                 if self.step % LOG_EVERY == 0 and self.step < last:
                     bar.show_loss(self._log(report))
-                if self.step % self.config.checkpoint_every == 0 and self.step < last:
+                # A run that is stopped while it evaluates repeats the last step, for its loss and moments.
+                due = self.step % self.config.checkpoint_every == 0 or self.step == last - 1
+                if due and self.step < last:
                     self._save()
         jax.block_until_ready(self.state)
         rate = (self.step - begun) * size / (time.monotonic() - started)
-        self._end_epoch(epoch, report, f"{rate:,.0f} images/s")
+        self._end_epoch(epoch, report, f"{rate:,.0f} images/s", stop)
 
-    def _end_epoch(self, epoch: int, report: Report, rate: str) -> None:
+    def _end_epoch(self, epoch: int, report: Report, rate: str, stop: StopRequest) -> None:
         """Evaluates, reports every batch norm, and saves."""
-        top1, top5 = self.accuracy(self.variables())
+        top1, top5 = self.accuracy(self.variables(), stop)
         measured = {"test_accuracy": top1, "test_top5": top5}
         notes = ()
         if hosts.is_main():
@@ -202,13 +206,14 @@ class Run:
     def variables(self) -> ArrayTree:
         return {"params": self.state.params, "batch_stats": self.state.batch_stats}
 
-    def accuracy(self, variables: ArrayTree) -> tuple[float, float]:
+    def accuracy(self, variables: ArrayTree, stop: StopRequest) -> tuple[float, float]:
         """Top-1 and top-5 accuracy on the test pictures."""
         config, devices = self.config, self.placement.num_devices
         crops = CenterCrops(self.test_pictures, config.image_size, part=config.center_crop)
         size = num_batches(config.batch_size, devices) * devices
         batches = evaluation_batches(crops, len(self.test_pictures), size, **self.readers)
-        return accuracy(self.evaluation_step, variables, batches, self.placement)[:2]
+        ask = functools.partial(self._stop_if_asked, stop, save=False)
+        return accuracy(self.evaluation_step, variables, batches, self.placement, before_each=ask)[:2]
 
     def _log(self, report: Report, **measured: float) -> float:
         """Writes a row of metrics.csv; returns the loss as a number."""
@@ -234,21 +239,21 @@ class Run:
             state, data = self.placement.get(self.state), self.batches.get_state()
             self.checkpoints.save(self.step, state, self._settings(), data)
 
-    def _stop_if_asked(self, stop: StopRequest) -> None:
-        may_ask = jax.process_count() == 1 or self.step % LOG_EVERY == 0  # asking others costs a message
-        if may_ask and hosts.any_process(stop.requested):
-            self._save()
+    def _stop_if_asked(self, stop: StopRequest, *, save: bool) -> None:
+        if hosts.any_process(stop.requested):
+            if save:
+                self._save()
             where = f"step {self.step} of {self.total_steps}"
             raise Interrupted(f"stopped at {where}, saved in {self.config.output}: --resume goes on")
 
-    def finish(self) -> float:
+    def finish(self, stop: StopRequest) -> float:
         """Writes the model; of an average of the weights with statistics that are measured anew."""
         variables = self.variables()
         if self.state.average is not None:
             batches = itertools.islice(self.batches, self.config.recalibrate_batches)
             stream = map(self.placement.put_batch, batches)
             variables = recalibrate(self.model, variables | {"params": self.state.average}, stream)
-        top1, _ = self.accuracy(variables)
+        top1, _ = self.accuracy(variables, stop)
         about = {
             "model": self.model_attributes,
             "classes": self.pictures.classes,
@@ -260,11 +265,12 @@ class Run:
         return top1
 
     def close(self) -> None:
-        """Draws the curves and closes the files."""
+        """Draws the curves and closes the files; first the checkpoints, if there is time for no more."""
+        if hosts.is_main():
+            self.checkpoints.close()
         self.batches.close()
         if hosts.is_main():
             self.log.close()
-            self.checkpoints.close()
 
 
 if __name__ == "__main__":

@@ -199,6 +199,16 @@ def test_a_run_that_is_preempted_goes_on_bit_for_bit(options, tmp_path, monkeypa
         with pytest.raises(Interrupted, match="stopped at step 5 of 6"):
             resnet.train.train(Config(**options))
     assert not model_file(options).exists()
+    count = resnet.step.accuracy
+
+    def preempted_in_evaluation(step, variables, batches, placement, **asked):
+        signal.raise_signal(signal.SIGTERM)
+        return count(step, variables, batches, placement, **asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resnet.train, "accuracy", preempted_in_evaluation)
+        with pytest.raises(Interrupted, match="stopped at step 6 of 6"):
+            resnet.train.train(Config(**options | {"resume": True}))
     assert resnet.train.train(Config(**options | {"resume": True})) == accuracy
     assert model_file(options).read_bytes() == model_file(whole).read_bytes()
     tables = [(folder["output"] / "metrics.csv").read_text() for folder in (options, whole)]
