@@ -69,7 +69,7 @@ class Config:
     workers: int = 0
     """Processes that decode pictures; 0: threads of this one, which is enough for a few devices."""
     threads: int = 4
-    """Threads that decode, in each of these processes."""
+    """Threads that decode, with --workers 0; each process of --workers is one."""
     seed: int = 0
     """Of the initial parameters, and of the order and the crops of the data."""
 
