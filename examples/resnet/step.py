@@ -114,10 +114,12 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         variables = {"params": params, "batch_stats": state.batch_stats}
         new = jbn.tools.apply_moments(variables, moments, momentum=config.momentum)["batch_stats"]
-        batch_stats = jax.tree.map(
-            lambda new, old: jnp.where(opt_state.last_finite, new, old), new, state.batch_stats
-        )
         average = None if state.average is None else jbn.tools.ema(state.average, params, config.average)
+        batch_stats, average = jax.tree.map(
+            lambda new, old: jnp.where(opt_state.last_finite, new, old),
+            (new, average),
+            (state.batch_stats, state.average),
+        )
         return State(state.step + 1, params, batch_stats, opt_state, average)
 
     return jax.jit(step, donate_argnums=0)

@@ -226,7 +226,8 @@ class Run:
             "step": self.step,
             "epoch": (self.step - 1) // self.steps_per_epoch + 1,
             "loss": float(loss),
-            "learning_rate": float(self.schedule(self.step - 1)),
+            # The schedule counts the steps that were taken: this is the rate of the last of them.
+            "learning_rate": float(self.schedule(max(self.step - 1 - int(skipped), 0))),
             "skipped": int(skipped),
         } | {name: measured.get(name) for name in ("test_accuracy", "test_top5", "drift")}
         if hosts.is_main():

@@ -122,14 +122,19 @@ def test_a_batch_with_nan_gradients_changes_nothing_and_is_counted(options, monk
     images, labels = first_bytes(BATCH_SIZE)
     run = new_run(options, optimizer=optimizer, average=0.5)
     ones = np.ones(BATCH_SIZE, bool)
-    run.train_on(Batch(images, np.zeros_like(labels), ones))
+    for _ in range(2):  # in the first the learning rate is 0: parameters and average are the same after it
+        run.train_on(Batch(images, np.zeros_like(labels), ones))
     before = run.placement.get(run.state)
-    run.train_on(Batch(images, np.full_like(labels, 3), ones))
+    report = run.train_on(Batch(images, np.full_like(labels, 3), ones))
     after = run.placement.get(run.state)
-    for name in ("params", "batch_stats"):
+    for name in ("params", "batch_stats", "average"):
         mnist_runs.assert_same_bits(getattr(after, name), getattr(before, name))
     mnist_runs.assert_same_bits(after.opt_state.inner_state, before.opt_state.inner_state)
     assert (after.opt_state.total_notfinite, before.opt_state.total_notfinite) == (1, 0)
+    rows = []
+    monkeypatch.setattr(run.log, "write", rows.append)
+    run._log(report)
+    assert rows[0]["learning_rate"] == float(run.schedule(1)) != float(run.schedule(2))
     run.train_on(Batch(images, np.zeros_like(labels), ones))
     later = run.placement.get(run.state)
     assert later.opt_state.notfinite_count == 0
