@@ -52,9 +52,10 @@ def make_optimizer(
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total_steps)
     decays = jbn.tools.weight_decay_mask(variables)
-    if config.optimizer == "lars":
+    if config.optimizer == "lars":  # leaves all vectors out, as is usual: the bias of the last layer too
+        adapts = jax.tree.map(lambda decays, x: decays and x.ndim > 1, decays, variables["params"])
         optimizer = optax.lars(
-            schedule, config.weight_decay, weight_decay_mask=decays, trust_ratio_mask=decays, momentum=0.9
+            schedule, config.weight_decay, weight_decay_mask=adapts, trust_ratio_mask=adapts, momentum=0.9
         )
     else:
         decay = optax.add_decayed_weights(config.weight_decay, decays)

@@ -93,6 +93,19 @@ def test_weight_decay_leaves_batch_norm_out(options):
     run.close()
 
 
+def test_lars_scales_kernels_alone(options):
+    run = new_run(options, optimizer="lars", weight_decay=0.5, warmup_epochs=0.0)
+    ones = jax.tree.map(jnp.ones_like, run.state.params)
+    updates, _ = run.optimizer.update(ones, run.state.opt_state, ones)
+    rate = float(run.schedule(0))
+    assert_close(updates["Dense_0"]["bias"], np.full(len(CLASSES), -rate, np.float32), 1e-6)
+    assert_close(updates["bn_init"]["scale"], np.full(options["width"], -rate, np.float32), 1e-6)
+    kernel = np.asarray(updates["Dense_0"]["kernel"])
+    # |p| (g + wd p) / |g + wd p| is p where p and g are 1: what is left is the trust coefficient.
+    assert_close(kernel, np.full(kernel.shape, -0.001 * rate, np.float32), 1e-6)
+    run.close()
+
+
 def test_8_devices_train_as_one(options):
     images, labels = first_bytes(16)
     _, _, one, one_report = after_a_step(options, images, labels, batch_size=16)
