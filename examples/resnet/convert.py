@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what the examples share
 
 import jbn.tools
 from errors import UsageError, one_line_errors
+from resnet.data import class_names
 from resnet.model import STAGES, load_model, save_model
 
 
@@ -52,7 +53,7 @@ def main(
     variables, model = from_torchvision(state_dict)
     names = [str(label) for label in range(model["num_classes"])]
     if classes is not None:
-        names = sorted(path.name for path in classes.iterdir() if path.is_dir())
+        names = class_names(classes)
     if len(names) != model["num_classes"]:
         raise UsageError(
             f"--classes {classes}: has {len(names)} folders, the model {model['num_classes']} classes"

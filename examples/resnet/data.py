@@ -29,18 +29,20 @@ class Pictures:
     Attributes:
       classes: names of the class folders, in alphabetical order: a label is a place in this list.
       names: of the files, each with its folder, in order.
+      empty: names of the class folders without a picture.
     """
 
     def __init__(self, folder: Path, *, broken: Literal["skip", "stop"] = "skip") -> None:
         self._folder, self._broken = folder, broken
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder of class folders (--data-dir)")
-        self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        self.names, self._labels = [], []
+        self.classes = class_names(folder)
+        self.names, self._labels, self.empty = [], [], []
         for label, name in enumerate(self.classes):
             files = sorted(path.name for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
             self.names += [f"{name}/{file}" for file in files]
             self._labels += [label] * len(files)
+            self.empty += [] if files else [name]
         if not self.names:
             raise UsageError(f"{folder}: holds no class folders with JPEG or PNG files")
 
@@ -69,6 +71,11 @@ class Pictures:
             raise UsageError(f"{problem} (--broken skip goes on without it)")
         print(f"warning: {problem}: skipped", file=sys.stderr)
         return None
+
+
+def class_names(folder: Path) -> list[str]:
+    """The folders in it, without hidden ones, such as those that Jupyter leaves."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 class RandomCrop:

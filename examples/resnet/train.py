@@ -84,6 +84,11 @@ class Run:
             raise UsageError(
                 f"--batch-size {config.batch_size}: expected a multiple of {multiple}, devices x --accumulate"
             )
+        rows = config.batch_size // config.accumulate
+        if config.norm == "ghost" and rows % config.ghost_size:
+            raise UsageError(
+                f"--ghost-size {config.ghost_size}: expected a divisor of {rows}, --batch-size / --accumulate"
+            )
         self._open_data()
         self.steps_per_epoch = max(len(self.pictures) // config.batch_size, 1)
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
@@ -96,6 +101,10 @@ class Run:
         self.test_pictures = Pictures(config.data_dir / "val", broken=config.broken)
         if self.pictures.classes != self.test_pictures.classes:
             raise UsageError(f"{config.data_dir}: train/ and val/ have different class folders")
+        if self.pictures.empty:
+            raise UsageError(
+                f"{config.data_dir / 'train' / self.pictures.empty[0]}: holds no JPEG or PNG files"
+            )
         self.readers = {
             "part": jax.process_index(),
             "num_parts": jax.process_count(),

@@ -13,8 +13,10 @@ from PIL import Image
 pytest.importorskip("grain")
 pytest.importorskip("safetensors")
 
+import resnet.train
 from errors import UsageError
 from resnet.data import CenterCrops, Pictures, RandomCrop, center_crop, evaluation_batches, training_batches
+from resnet.options import Config
 from resnet.predict import read
 from tests.support import resnet_runs
 from tests.support.resnet_runs import BATCH_SIZE, CLASSES, SIZE, TRAIN_SIZE
@@ -173,5 +175,13 @@ def test_a_folder_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(UsageError, match="holds no class folders with JPEG or PNG files"):
         Pictures(tmp_path)
     (tmp_path / "cat" / "1.png").write_text("no picture")
+    (tmp_path / "dog").mkdir()
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    assert (Pictures(tmp_path).classes, Pictures(tmp_path).empty) == (["cat", "dog"], ["dog"])
+    for part in ("train", "val"):
+        shutil.copytree(tmp_path / "cat", tmp_path / "data" / part / "cat")
+        (tmp_path / "data" / part / "dog").mkdir()
+    with pytest.raises(UsageError, match=r"data/train/dog: holds no JPEG or PNG files"):
+        resnet.train.Run(Config(data_dir=tmp_path / "data", devices=1))
     with pytest.raises(UsageError, match="none of its 1 pictures can be decoded"):
         Pictures(tmp_path)[0]

@@ -287,6 +287,10 @@ def test_tensorboard_gets_the_numbers(options):
             {"batch_size": 12, "devices": 8},
             "--batch-size 12: expected a multiple of 8, devices x --accumulate",
         ),
+        (
+            {"norm": "ghost", "ghost_size": 4, "accumulate": 2},
+            "--ghost-size 4: expected a divisor of 6, --batch-size / --accumulate",
+        ),
         ({"data_dir": Path("none")}, "none/train: no such folder of class folders"),
     ],
 )
