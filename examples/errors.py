@@ -1,6 +1,7 @@
 """Mistakes that a user can put right end a program with one line, not with a traceback."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -10,16 +11,26 @@ class UsageError(Exception):
 
 
 class Interrupted(Exception):
-    """The user stopped the run. The text says what was kept."""
+    """The user or the cluster stopped the run, by a signal. The text says what was kept."""
+
+    def __init__(self, text: str, number: signal.Signals) -> None:
+        super().__init__(text)
+        self.status = 128 + number
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line on stderr; exit status 1 for a mistake, 130 for Ctrl-C, as in shells."""
+    """Ends the program with one line on stderr; exit status 1 for a mistake.
+
+    After Ctrl-C it is 130, after SIGTERM 143, as in shells.
+    """
     try:
         yield
     except UsageError as error:
         sys.exit(f"error: {error}")
-    except (Interrupted, KeyboardInterrupt) as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)

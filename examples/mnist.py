@@ -210,7 +210,8 @@ class Run:
         if may_ask and hosts.any_process(stop.requested):
             self._save()
             where = f"step {self.step} of {self.total_steps}"
-            raise Interrupted(f"stopped at {where}, saved in {self.config.output}: --resume goes on")
+            text = f"stopped at {where}, saved in {self.config.output}: --resume goes on"
+            raise Interrupted(text, stop.number)
 
     def close(self) -> None:
         """Draws the curves and closes the files."""

@@ -64,6 +64,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self.number = signal.SIGTERM  # where it is another process that was asked
         self._previous = {}
 
     def __enter__(self) -> "StopRequest":
@@ -76,5 +77,5 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _request(self, number: int, _: FrameType | None) -> None:
-        self.requested = True
+        self.requested, self.number = True, signal.Signals(number)
         signal.signal(number, self._previous[number])

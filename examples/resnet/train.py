@@ -254,7 +254,8 @@ class Run:
             if save:
                 self._save()
             where = f"step {self.step} of {self.total_steps}"
-            raise Interrupted(f"stopped at {where}, saved in {self.config.output}: --resume goes on")
+            text = f"stopped at {where}, saved in {self.config.output}: --resume goes on"
+            raise Interrupted(text, stop.number)
 
     def finish(self, stop: StopRequest) -> float:
         """Writes the model; of an average of the weights with statistics that are measured anew."""

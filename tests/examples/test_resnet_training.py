@@ -214,8 +214,9 @@ def test_a_run_that_is_preempted_goes_on_bit_for_bit(options, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(resnet.train.Run, "train_on", preempted_at_step_5)
-        with pytest.raises(Interrupted, match="stopped at step 5 of 6"):
+        with pytest.raises(Interrupted, match="stopped at step 5 of 6") as stopped:
             resnet.train.train(Config(**options))
+    assert stopped.value.status == 143
     assert not model_file(options).exists()
     count = resnet.step.accuracy
 
