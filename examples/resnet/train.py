@@ -91,6 +91,7 @@ class Run:
             )
         self._open_data()
         self.steps_per_epoch = max(len(self.pictures) // config.batch_size, 1)
+        self.last_top1: float | None = None
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
         self._make_programs()
         self._open_folder()
@@ -194,6 +195,7 @@ class Run:
     def _end_epoch(self, epoch: int, report: Report, rate: str, stop: StopRequest) -> None:
         """Evaluates, reports every batch norm, and saves."""
         top1, top5 = self.accuracy(self.variables(), stop)
+        self.last_top1 = top1
         measured = {"test_accuracy": top1, "test_top5": top5}
         notes = ()
         if hosts.is_main():
@@ -264,7 +266,10 @@ class Run:
             batches = itertools.islice(self.batches, self.config.recalibrate_batches)
             stream = map(self.placement.put_batch, batches)
             variables = recalibrate(self.model, variables | {"params": self.state.average}, stream)
-        top1, _ = self.accuracy(variables, stop)
+        if self.state.average is None and self.last_top1 is not None:
+            top1 = self.last_top1
+        else:  # weights that no epoch tested: an average, or those of a run that was resumed at its end
+            top1, _ = self.accuracy(variables, stop)
         about = {
             "model": self.model_attributes,
             "classes": self.pictures.classes,
