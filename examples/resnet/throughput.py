@@ -1,11 +1,13 @@
 """Measures what waits for what: pictures per second of the loader alone, of the step alone, of both together.
 
-    python examples/resnet/throughput.py --data-dir imagenet --depth 50 --output runs/throughput
+    python examples/resnet/throughput.py --data-dir imagenet --depth 50
 
-It takes the options of train.py, and leaves an empty run in the output folder.
+It takes the options of train.py, and leaves the output folder alone.
 """
 
+import dataclasses
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,8 @@ STEPS = 50
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    with one_line_errors():
+    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, output=Path(folder), resume=False)
         check(config)
         hosts.start(devices=config.devices, coordinator=None, num_processes=None, process_id=None)
         run = Run(config)
