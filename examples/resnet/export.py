@@ -32,6 +32,7 @@ def main(model: Path, output: Path, platforms: tuple[str, ...] = ()) -> None:
       platforms: Where the program is to run: cpu, cuda, tpu (default: where this one runs).
     """
     net, variables, about = load_model(model)
+    make_folder(output)  # before the work, if it cannot be
     folded = fold(net, variables)
 
     @jax.jit
@@ -41,7 +42,6 @@ def main(model: Path, output: Path, platforms: tuple[str, ...] = ()) -> None:
     size = about["image_size"]
     shape = export.symbolic_shape(f"batch, {size}, {size}, 3")
     program = export.export(serve, platforms=platforms or None)(jax.ShapeDtypeStruct(shape, np.uint8))
-    make_folder(output)
     (output / "model.bin").write_bytes(program.serialize())
     served = {name: about[name] for name in ("classes", "image_size", "center_crop")}
     (output / "about.json").write_text(json.dumps(served))
