@@ -6,12 +6,15 @@
 Files that end in .pth are PyTorch's state dicts, and need PyTorch.
 """
 
+import functools
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import tyro
 from chex import ArrayTree
 
@@ -20,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what the examples share
 import jbn.tools
 from errors import UsageError, one_line_errors
 from resnet.data import class_names
-from resnet.model import STAGES, load_model, save_model
+from resnet.model import STAGES, load_model, make_model, save_model
 
 
 def main(
@@ -71,6 +74,13 @@ def from_torchvision(state_dict: Mapping[str, Any]) -> tuple[ArrayTree, dict[str
     variables = jbn.tools.from_torch_state_dict(state_dict, torchvision_mapping(depth))
     width, num_classes = len(state_dict["bn1.weight"]), len(state_dict["fc.bias"])
     model = {"depth": depth, "num_classes": num_classes, "width": width, "dtype": "float32"}
+    init = functools.partial(make_model(model).init, train=False)
+    like = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8))
+    for path, expected in jax.tree.leaves_with_path(like):
+        found = functools.reduce(lambda tree, key: tree[key.key], path, variables)
+        if found.shape != expected.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UsageError(f"{name} is {found.shape}, and {expected.shape} in a ResNet-{depth}")
     return variables, model
 
 

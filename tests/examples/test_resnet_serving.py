@@ -159,6 +159,16 @@ def test_another_net_of_torchvision_is_refused():
         resnet.convert.depth_of(torchvision_state((3, 8, 36, 3), bottleneck=True))
 
 
+def test_a_net_of_other_shapes_is_refused(monkeypatch):
+    """A Wide ResNet has the names of a ResNet, and more channels in the middle of its blocks."""
+    monkeypatch.setitem(resnet.model.STAGES, 18, (2, 2, 2, 2))
+    state_dict = resnet.convert.to_torchvision(trained_variables(make_model({"depth": 18} | SIZES)), 18)
+    state_dict["layer1.0.conv1.weight"] = np.zeros((8, 4, 3, 3), np.float32)
+    message = r"ResNetBlock_0/Conv_0/kernel is \(3, 3, 4, 8\), and \(3, 3, 4, 4\) in a ResNet-18"
+    with pytest.raises(UsageError, match=message):
+        resnet.convert.from_torchvision(state_dict)
+
+
 def test_a_file_of_pytorch_becomes_a_model_and_comes_back(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setitem(resnet.model.STAGES, 18, (2, 2, 2, 2))
