@@ -1,7 +1,9 @@
 """The folder of a training run: checkpoints by Orbax, and what an earlier run left there."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,8 @@ class Checkpoints:
                 settings=ocp.args.JsonSave(settings),
                 data=ocp.args.JsonSave(data),
             )
-            self._manager.save(step, args=items)
+            with self._writing():
+                self._manager.save(step, args=items)
 
     def restore(self, like: Any, settings: dict[str, Any]) -> tuple[int, Any, Any]:
         """The latest checkpoint: its step, its state in the structure of `like`, and the state of the data.
@@ -89,7 +92,17 @@ class Checkpoints:
         return step, self._manager.restore(step, args=items)["state"], saved["data"]
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What failed in the background, such as on a full disk, is raised by the next save or by close."""
+        try:
+            yield
+        except Exception as error:  # Orbax has many, and those of the storage beneath it
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"{self._folder}: a checkpoint cannot be written: {reason}") from error
 
 
 def make_folder(path: Path) -> None:

@@ -23,6 +23,7 @@ from resnet.data import RandomCrop, training_batches
 from resnet.model import load_model
 from resnet.options import Config
 from resnet.step import make_evaluation_step
+from runs import Checkpoints
 from tests.support import mnist_runs, resnet_runs
 from tests.support.cases import assert_close, assert_trees_close
 from tests.support.resnet_runs import BATCH_SIZE, CLASSES, first_bytes, model_file, new_run
@@ -240,6 +241,20 @@ def test_a_run_that_is_preempted_goes_on_bit_for_bit(options, tmp_path, monkeypa
     assert float(norms[0]["drift"]) == float(rows[-1]["drift"])
     with pytest.raises(UsageError, match="began with seed 0, and is now given seed 1"):
         resnet.train.train(Config(**options | {"resume": True, "seed": 1}))
+
+
+def test_a_full_disk_ends_the_run_with_one_line(tmp_path, monkeypatch):
+    """A checkpoint is written in the background: what failed there comes with the next call."""
+    checkpoints = Checkpoints(tmp_path, create=True)
+    close = checkpoints._manager.close
+
+    def failed():
+        close()
+        raise ValueError("Failed writing: No space left on device\nmore")
+
+    monkeypatch.setattr(checkpoints._manager, "close", failed)
+    with pytest.raises(UsageError, match=r"a checkpoint cannot be written: .* No space left on device$"):
+        checkpoints.close()
 
 
 def test_resuming_nothing_begins_a_run(options, capsys):
