@@ -28,12 +28,14 @@ is_finite jit le logistic lt max min mul ne neg not or pjit select_n sign square
 _DEAR = """
 acos acosh asin asinh atan atan2 atanh cbrt cos cosh exp exp2 expm1 log log1p pow rsqrt sin sinh sqrt tan tanh
 """
-_DEAREST = """
-bessel_i0e bessel_i1e bitcast_convert_type ceil clz complex conj copy_p digamma erf erf_inv erfc floor igamma
-igamma_grad_a igammac imag lgamma name nextafter optimization_barrier pcast polygamma population_count pvary
-real reduce_precision regularized_incomplete_beta rem round shift_left shift_right_arithmetic
-shift_right_logical zeta
+# Those that keep the shape of what they mix, or go by places; others show by the shapes. No list of those
+# that do not mix: each version of JAX has new ones.
+_MIXING = """
+all_gather all_to_all approx_top_k cumlogsumexp cummax cummin cumprod cumsum dynamic_update_slice fft pad pmax
+pmin ppermute psum psum_invariant random_bits random_gamma reduce_scatter rev rng_bit_generator rng_uniform
+sort top_k
 """
+_MIXING_KINDS = ("reduce_window", "scatter")
 
 
 class DerivativeForm(enum.Enum):
@@ -130,15 +132,16 @@ def first_mixing(function: Function, traced: ClosedJaxpr, dtype: np.dtype) -> st
 
 
 def _mixes(equation: JaxprEqn) -> bool:
-    """Whether it is not known to look at each entry alone, or takes entries away from their places."""
+    """Whether it is known to mix, takes entries away from their places, or puts them there from elsewhere."""
     name, inner = equation.primitive.name, [_shapes(jaxpr.invars) for jaxpr in _inner(equation)]
     inputs, outputs = _shapes(equation.invars), _shapes(equation.outvars)
+    if _PROBE in (*inputs, *outputs) and (name in _MIXING.split() or name.startswith(_MIXING_KINDS)):
+        return True
     if inner:  # which is looked at by itself; a loop over rows would show there as a function of rows
         return name == "scan" and inputs.count(_PROBE) != inner[0].count(_PROBE)
-    if _PROBE not in (*inputs, *outputs):
-        return False
-    is_elementwise = name in (_CHEAP + _DEAR + _DEAREST).split()
-    return not (is_elementwise and inputs and all(map(_is_entrywise, (*inputs, *outputs))))
+    if _PROBE in inputs and set(outputs) != {_PROBE}:
+        return True
+    return _PROBE in outputs and not (inputs and all(map(_is_entrywise, inputs)))
 
 
 def _shapes(values: Sequence[Any]) -> list[tuple[int, ...]]:

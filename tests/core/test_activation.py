@@ -178,7 +178,7 @@ def test_forward_mode_and_a_mapped_axis():
     assert_trees_close(*jax.jit(lambda *args: (cut(*args), whole(*args)))(x, x_dot), TOLERANCE)
 
 
-@pytest.mark.parametrize("name", FORMS.keys() - {"clipped"})
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "clipped"])
 def test_the_backward_pass_keeps_x_alone_and_the_residual(name):
     x = jax.ShapeDtypeStruct((64, 128, 8), jnp.bfloat16)
 
@@ -300,7 +300,6 @@ MIXING = {
     "padded": lambda y: jax.lax.pad(y, 0.0, ((1, -1, 0), (0, 0, 0))),
     "the largest": lambda y: jax.lax.top_k(y, y.shape[-1])[0],
     "noise": lambda y: jax.random.gamma(jax.random.key(0), jnp.abs(y)),
-    "a callback": lambda y: jax.pure_callback(np.sort, y, y),
     "dropout": lambda y: jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, y.shape), y, 0.0),
     "fourier": lambda y: jnp.real(jnp.fft.fft(y)),
     "glu": jax.nn.glu,
