@@ -21,11 +21,12 @@ from jbn._core.activation import (
     trace,
 )
 from jbn._core.dtypes import as_numeric, unwrapped
-from jbn._core.errors import ArgumentError, describe, error
+from jbn._core.errors import describe, error
 from jbn._core.renorm import Renorm
 from jbn._core.types import ActivationLike, Axes, AxisIndexGroups, AxisName, X
 
 _APPLY = "Apply it to y."
+_ELEMENTWISE = "None, 'relu', or a function of each entry of a real array, such as jax.nn.silu"
 _NUMBERS = (int, float, np.number, np.ndarray, jax.Array)
 
 
@@ -240,39 +241,48 @@ def prepare_activation(given: Any, dtype: np.dtype) -> Activation | None:
         return None
     function = jax.nn.relu if isinstance(given, str) and given == "relu" else same_partial(given)
     if not callable(function):
-        raise _activation_error(describe(given), "Pass the function itself, as in jax.nn.gelu.")
+        raise error(
+            "activation", describe(given), _ELEMENTWISE, "Pass the function itself, as in jax.nn.gelu."
+        )
     name = getattr(function, "func", function)
     shown = f"the function {getattr(name, '__name__', type(name).__name__)}"
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise _activation_error(f"{shown} for y of {dtype}", _APPLY)
+        raise error("activation", f"{shown} for y of {dtype}", _ELEMENTWISE, _APPLY)
     if function is jax.nn.relu:
         return RELU
     if jax.tree.leaves(function) != [function]:
-        raise _activation_error(f"{shown}, which holds arrays", "They get no gradient here: apply it to y.")
+        raise error(
+            "activation",
+            f"{shown}, which holds arrays",
+            _ELEMENTWISE,
+            "They get no gradient here: apply it to y.",
+        )
     try:
         hash(function)
     except TypeError:
-        raise _activation_error(f"{shown}, which has no hash", _APPLY) from None
+        raise error("activation", f"{shown}, which has no hash", _ELEMENTWISE, _APPLY) from None
     try:
         traced, result = trace(function, dtype)
     except Exception as cause:
         tried = f"{shown}, which raises {type(cause).__name__} for {dtype}[3,5]"
-        raise _activation_error(tried, "It has to be JAX's and take any shape: apply it to y.") from cause
+        raise error(
+            "activation", tried, _ELEMENTWISE, "It has to be JAX's and take any shape: apply it to y."
+        ) from cause
     if not keeps_shape(result, dtype):
         made = f"{shown}, which makes {describe(result)} of {dtype}[3,5]"
-        raise _activation_error(made, "Apply what changes shape or dtype to y.")
+        raise error("activation", made, _ELEMENTWISE, "Apply what changes shape or dtype to y.")
     if (mixing := first_mixing(function, traced, dtype)) is not None:
-        raise _activation_error(f"{shown}, in which {mixing} may combine or move entries", _APPLY)
+        raise error(
+            "activation", f"{shown}, in which {mixing} may combine or move entries", _ELEMENTWISE, _APPLY
+        )
     if any(isinstance(const, jax.core.Tracer) for const in traced.consts):
-        raise _activation_error(
-            f"{shown}, which closes over traced arrays", "They get no gradient here: apply it to y."
+        raise error(
+            "activation",
+            f"{shown}, which closes over traced arrays",
+            _ELEMENTWISE,
+            "They get no gradient here: apply it to y.",
         )
     return activation_of(function, traced, dtype)
-
-
-def _activation_error(got: str, fix: str) -> ArgumentError:
-    expected = "None, 'relu', or a function of each entry of a real array, such as jax.nn.silu"
-    return error("activation", got, expected, fix)
 
 
 def is_number(value: Any) -> bool:
