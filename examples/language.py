@@ -13,6 +13,7 @@ Reference: https://cldr.unicode.org, under the Unicode License; https://babel.po
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,7 @@ from matplotlib.figure import Figure
 from batches import check_seeds
 from errors import one_line_errors
 from figures import COLORS, INK, LABEL, save_numbers, save_picture
-from progress import ProgressBar
-from sequences import Fcn, Sequences, make_fit, padded
-from training import make_accuracy
+from sequences import KINDS, Fcn, Sequences, accuracies, padded
 
 # All in the Latin script, since another would give the language away. Of the closest relatives, such as Czech
 # and Slovak or Swedish and Danish, there is one alone: names that languages share are left out.
@@ -44,7 +43,6 @@ BATCH_SIZE, FEATURES = 64, (64, 128, 64)
 # each quarter of the training places in turn, on average, when the other three are counted. The usual 1 is
 # too much, since most runs do not occur in a language.
 ADDED = 0.2
-KINDS = {"with": True, "without": False}
 
 
 class Names(NamedTuple):
@@ -134,14 +132,7 @@ def main(steps: int = 1500, seeds: int = 3, output: Path = Path("runs/language.p
     check_seeds(seeds)
     sets = load()
     (train_set, test_set), symbols = encoded(sets)
-    train_set, test_set = jax.device_put((train_set, test_set))
-    numbers = {}
-    for kind, batch_norm in KINDS.items():
-        net = Net(symbols, batch_norm)
-        fit, accuracy = make_fit(net, train_set, BATCH_SIZE, steps), jax.jit(make_accuracy(net))
-        with ProgressBar(kind, seeds * steps * BATCH_SIZE) as bar:
-            ends = [fit(seed, bar) for seed in range(seeds)]
-        numbers[kind] = [float(accuracy(end, test_set[:2], test_set.labels)) for end in ends]
+    numbers = accuracies(partial(Net, symbols), train_set, test_set, BATCH_SIZE, steps, seeds)
     numbers["naive Bayes"] = naive_bayes(*sets)
     numbers["most frequent"] = Counter(sets[1].labels).most_common()[0][1] / len(sets[1].names)
     numbers["names"] = [len(one.names) for one in sets]

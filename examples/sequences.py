@@ -16,9 +16,10 @@ from batches import whole_batches
 from jbn.linen import BatchNorm
 from parallel import State, initial_state
 from progress import ProgressBar
-from training import make_train_step
+from training import make_accuracy, make_train_step
 
 RATE = 0.001
+KINDS = {"with": True, "without": False}
 
 
 class Sequences(NamedTuple):
@@ -80,3 +81,23 @@ def make_fit(
         return state
 
     return fit
+
+
+def accuracies(
+    make_net: Callable[[bool], nn.Module],
+    train_set: Sequences,
+    test_set: Sequences,
+    batch_size: int,
+    steps: int,
+    seeds: int,
+) -> dict[str, list[float]]:
+    """The test accuracies of nets with and without batch norm, one for each seed."""
+    train_set, test_set = jax.device_put((train_set, test_set))
+    found = {}
+    for kind, batch_norm in KINDS.items():
+        net = make_net(batch_norm)
+        fit, accuracy = make_fit(net, train_set, batch_size, steps), jax.jit(make_accuracy(net))
+        with ProgressBar(kind, seeds * steps * batch_size) as bar:
+            ends = [fit(seed, bar) for seed in range(seeds)]
+        found[kind] = [float(accuracy(end, test_set[:2], test_set.labels)) for end in ends]
+    return found

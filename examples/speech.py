@@ -11,9 +11,9 @@ References: Kudo, Toyama and Shimbo 1999, Pattern Recognition Letters 20; Fawaz 
 
 import gzip
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -21,16 +21,13 @@ from matplotlib.figure import Figure
 from batches import check_seeds
 from errors import one_line_errors
 from figures import COLORS, INK, save_numbers, save_picture
-from progress import ProgressBar
-from sequences import Fcn, Sequences, make_fit, padded
-from training import make_accuracy
+from sequences import KINDS, Fcn, Sequences, accuracies, padded
 
 VOWELS = Path(__file__).parent / "data" / "vowels"
 LONGEST, SPEAKERS = 29, 9
 BATCH_SIZE = 16
 # By Fawaz et al.: mean and standard deviation over ten runs.
 REPORTED = {"MLP": (0.976, 0.002), "ResNet": (0.992, 0.003), "FCN": (0.993, 0.002)}
-KINDS = {"with": True, "without": False}
 
 
 def load(name: str) -> Sequences:
@@ -54,14 +51,7 @@ def main(steps: int = 400, seeds: int = 10, output: Path = Path("runs/speech.png
       The test accuracies with and without, one for each seed.
     """
     check_seeds(seeds)
-    train_set, test_set = jax.device_put((load("TRAIN"), load("TEST")))
-    numbers = {}
-    for kind, batch_norm in KINDS.items():
-        net = Fcn(SPEAKERS, batch_norm)
-        fit, accuracy = make_fit(net, train_set, BATCH_SIZE, steps), jax.jit(make_accuracy(net))
-        with ProgressBar(kind, seeds * steps * BATCH_SIZE) as bar:
-            ends = [fit(seed, bar) for seed in range(seeds)]
-        numbers[kind] = [float(accuracy(end, test_set[:2], test_set.labels)) for end in ends]
+    numbers = accuracies(partial(Fcn, SPEAKERS), load("TRAIN"), load("TEST"), BATCH_SIZE, steps, seeds)
     numbers = save_numbers(output, numbers, steps=steps, seeds=seeds)
     draw(numbers, output)
     print(sentence(numbers))
