@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -12,25 +12,31 @@ from jax.experimental import multihost_utils
 from errors import UsageError
 
 
-def start(
-    *, devices: int | None, coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-    """Sets JAX up. To be called before the first array is made.
+class Options(Protocol):
+    """How many devices each process wants, of which a CPU can be any number, and where the processes meet.
 
-    Args:
-      devices: how many this process wants; a CPU then claims to be that many.
-      coordinator: HOST:PORT of process 0, with `num_processes` and `process_id`; None where a cluster (SLURM,
-        a TPU pod, ...) announces itself, or there is one process.
+    `coordinator`: HOST:PORT of process 0, with `num_processes` and `process_id`; None where a cluster (SLURM,
+    a TPU pod, ...) announces itself, or there is one process.
     """
-    if devices is not None:
-        jax.config.update("jax_num_cpu_devices", devices)
-    if coordinator is not None:
+
+    devices: int | None
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+
+
+def start(options: Options) -> None:
+    """Sets JAX up. To be called before the first array is made."""
+    if options.devices is not None:
+        jax.config.update("jax_num_cpu_devices", options.devices)
+    if options.coordinator is not None:
+        num_processes, process_id = options.num_processes, options.process_id
         if num_processes is None or process_id is None:
             raise UsageError("--coordinator: needs --num-processes and --process-id beside it")
         if not 0 <= process_id < num_processes:
             raise UsageError(f"--process-id {process_id}: expected 0 to {num_processes - 1}")
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(options.coordinator, num_processes, process_id)
         return
     with contextlib.suppress(ValueError):  # no cluster announces itself: a single process
         jax.distributed.initialize()

@@ -36,12 +36,7 @@ TEST_BATCH = 1000
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     with one_line_errors():
-        hosts.start(
-            devices=config.devices,
-            coordinator=config.coordinator,
-            num_processes=config.num_processes,
-            process_id=config.process_id,
-        )
+        hosts.start(config)
         accuracy = train(config)
     if hosts.is_main():
         print(f"test accuracy: {accuracy:.4f}")

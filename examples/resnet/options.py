@@ -73,6 +73,8 @@ class Config:
     seed: int = 0
     """Of the initial parameters, and of the order and the crops of the data."""
 
+    log_every: int = 10
+    """Steps between rows of metrics.csv, each of which waits for the device."""
     checkpoint_every: int = 1000
     """Steps between checkpoints, besides those at the end of each epoch."""
     resume: bool = False
@@ -90,11 +92,11 @@ class Config:
 
 
 # What may differ between a run and its continuation. Not --workers: each has a part of the data's state.
-NOT_SETTINGS = ("data_dir", "output", "resume", "tensorboard", "threads", "checkpoint_every", "broken")
-NOT_SETTINGS += ("devices", "coordinator", "num_processes", "process_id")
+NOT_SETTINGS = ("data_dir", "output", "resume", "tensorboard", "threads", "broken")
+NOT_SETTINGS += ("log_every", "checkpoint_every", "devices", "coordinator", "num_processes", "process_id")
 
 POSITIVE = ("width", "ghost_size", "epochs", "max_steps", "batch_size", "accumulate", "recalibrate_batches")
-POSITIVE += ("image_size", "threads", "checkpoint_every", "devices")
+POSITIVE += ("image_size", "threads", "log_every", "checkpoint_every", "devices")
 FRACTIONS = ("momentum", "label_smoothing", "average", "crop_scale", "center_crop")
 NOT_NEGATIVE = ("seed", "workers", "learning_rate", "warmup_epochs", "weight_decay")
 

@@ -30,7 +30,7 @@ def main() -> None:
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, output=Path(folder), resume=False)
         check(config)
-        hosts.start(devices=config.devices, coordinator=None, num_processes=None, process_id=None)
+        hosts.start(config)
         run = Run(config)
         batch = next(run.batches)
         run.train_on(batch)  # compiles
@@ -39,9 +39,13 @@ def main() -> None:
             "step alone": lambda: run.train_on(batch),
             "both": lambda: run.train_on(next(run.batches)),
         }
-        print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, ResNet-{config.depth}, {config.norm}")
+        if hosts.is_main():
+            devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+            print(f"{devices}, ResNet-{config.depth}, {config.norm}")
         for name, call in ways.items():
-            print(f"{name}: {STEPS * config.batch_size / seconds(run, call):,.0f} pictures/s", flush=True)
+            rate = STEPS * config.batch_size / seconds(run, call)
+            if hosts.is_main():
+                print(f"{name}: {rate:,.0f} pictures/s", flush=True)
         run.close()
 
 

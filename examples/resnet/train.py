@@ -42,19 +42,13 @@ from resnet.step import (
 )
 from runs import Checkpoints, has_checkpoint, set_aside
 
-LOG_EVERY = 10  # steps between rows of metrics.csv; each waits for the device, so not every step
 TOO_MANY = 20  # steps in a row with NaN gradients: the run is lost
 
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     with one_line_errors():
-        hosts.start(
-            devices=config.devices,
-            coordinator=config.coordinator,
-            num_processes=config.num_processes,
-            process_id=config.process_id,
-        )
+        hosts.start(config)
         accuracy = train(config)
     if hosts.is_main():
         print(f"test accuracy: {accuracy:.4f}")
@@ -178,11 +172,11 @@ class Run:
         with ProgressBar(f"epoch {epoch + 1}", total, done=done, visible=hosts.is_main()) as bar:
             while self.step < last:
                 # To ask the other processes costs a message.
-                if jax.process_count() == 1 or self.step % LOG_EVERY == 0:
+                if jax.process_count() == 1 or self.step % self.config.log_every == 0:
                     self._stop_if_asked(stop, save=True)
                 report = self.train_on(next(self.batches))
                 bar.update(size)
-                if self.step % LOG_EVERY == 0 and self.step < last:
+                if self.step % self.config.log_every == 0 and self.step < last:
                     bar.show_loss(self._log(report))
                 # A run that is stopped while it evaluates repeats the last step, for its loss and moments.
                 due = self.step % self.config.checkpoint_every == 0 or self.step == last - 1

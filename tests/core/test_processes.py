@@ -1,9 +1,5 @@
 """Several processes, and more devices than this one has: the answer of one device, and no hang."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,9 +8,9 @@ import pytest
 
 from tests.support import process_worker
 from tests.support.cases import assert_close, tolerance
+from tests.support.processes import SECONDS, ended, free_port, started
 
 ROWS, CHANNELS = 32, 3
-SECONDS = 240  # no test takes a tenth of it on an idle machine; a hang must not hold up the others for ever
 # Seconds after which a process is taken for dead, where one leaves; else `SECONDS`, for busy machines.
 SILENCE = 10
 ROOT = Path(__file__).parents[2]
@@ -34,51 +30,22 @@ def inputs():
     }
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 def run(folder, devices, processes=1, leaves=None):
     """Starts the workers and waits: [(exit status, output file, what it said)].
 
     `leaves` maps the index of a process to the number of steps after which it leaves.
     """
     np.savez(folder / "inputs.npz", **inputs())
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
-    }
-    address = f"localhost:{free_port()}"
-    workers = []
-    for index in range(processes):
+    address, outputs = f"localhost:{free_port()}", [folder / f"{index}.npz" for index in range(processes)]
+    commands = []
+    for index, output in enumerate(outputs):
         several = [address, processes, index, SILENCE if leaves else SECONDS, (leaves or {}).get(index, -1)]
-        arguments = [
-            folder / "inputs.npz",
-            folder / f"{index}.npz",
-            devices,
-            *(several if processes > 1 else []),
+        command = [process_worker.__file__, folder / "inputs.npz", output, devices]
+        commands.append(command + (several if processes > 1 else []))
+    with started(commands, PYTHONPATH=str(ROOT)) as programs:
+        return [
+            (status, output, said) for output, (status, said) in zip(outputs, ended(programs), strict=True)
         ]
-        command = [sys.executable, process_worker.__file__, *map(str, arguments)]
-        workers.append(
-            subprocess.Popen(
-                command,
-                env=kept | {"PYTHONPATH": str(ROOT)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        said = [worker.communicate(timeout=SECONDS)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    return [
-        (worker.returncode, folder / f"{index}.npz", text)
-        for index, (worker, text) in enumerate(zip(workers, said, strict=True))
-    ]
 
 
 def assert_as_on_one_device(folder, devices, processes=1):

@@ -29,7 +29,7 @@ def arguments(options):
 
 
 def test_the_program_ends_with_its_accuracy_or_one_line(options, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mnist.hosts, "start", lambda **_: None)  # it has to come before the first array
+    monkeypatch.setattr(mnist.hosts, "start", lambda _: None)  # it has to come before the first array
     monkeypatch.setattr(sys, "argv", ["mnist.py", *arguments(options)])
     mnist.main()
     assert re.fullmatch(r"test accuracy: [01]\.\d{4}", capsys.readouterr().out.splitlines()[-1])

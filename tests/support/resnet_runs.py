@@ -48,7 +48,6 @@ def one_block_for_each_stage(monkeypatch):
 @pytest.fixture
 def options(data_dir, tmp_path, monkeypatch, flax_promotion):
     """Options of a run of 2 epochs, 6 steps, whose metrics have a row for every step."""
-    monkeypatch.setattr(resnet.train, "LOG_EVERY", 1)
     monkeypatch.setattr(resnet.log, "draw_curves", lambda metrics, picture: None)  # takes a second
     return {
         "data_dir": data_dir,
@@ -62,6 +61,7 @@ def options(data_dir, tmp_path, monkeypatch, flax_promotion):
         "image_size": SIZE,
         "crop_scale": 0.5,
         "threads": 2,
+        "log_every": 1,
         "devices": 1,
     }
 
