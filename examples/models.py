@@ -1,7 +1,9 @@
-"""Small nets with batch norm between each linear layer and its relu, for images in and 10 classes out.
+"""Small nets with batch norm between each linear layer and its relu or sigmoid, for images of 10 classes.
 
 Linear layers before a batch norm have no bias: the mean that is subtracted would take it away again.
 """
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -82,6 +84,36 @@ class Plain(nn.Module):
             x = nn.relu(x)
             x = nn.Dropout(self.dropout, deterministic=not train, rng_collection="noise")(x)
         return nn.Dense(NUM_CLASSES)(x)
+
+
+class Sigmoids(nn.Module):
+    """Three layers of 100 sigmoids on binary images: the net of Figure 1 of arXiv 1502.03167.
+
+    In the collection "intermediates" it leaves the `input` f32[batch, 100] of each layer of sigmoids.
+
+    Attributes:
+      batch_norm: whether it stands before each sigmoid. It has the bias then.
+      spread: the standard deviation of the initial weights.
+      disturb: makes of a key and the input of a layer of sigmoids what they get in its place, in training.
+    """
+
+    batch_norm: bool
+    spread: float
+    disturb: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        small = nn.initializers.normal(self.spread)
+        y = jnp.where(images.reshape(images.shape[0], -1) > 127, 1.0, 0.0)
+        for _ in range(3):
+            x = nn.Dense(100, use_bias=not self.batch_norm, kernel_init=small)(y)
+            if self.batch_norm:
+                x = jbn.linen.BatchNorm(not train, momentum=0.9)(x)
+            if self.disturb is not None and train:
+                x = self.disturb(self.make_rng("noise"), x)
+            self.sow("intermediates", "input", x)
+            y = nn.sigmoid(x)
+        return nn.Dense(NUM_CLASSES, kernel_init=small)(y)
 
 
 def to_unit_range(images: jax.Array) -> jax.Array:

@@ -1,16 +1,19 @@
 """Training steps of a net, one or many in a call, and the test accuracy.
 
-All three functions are pure: `jax.vmap` runs them for many seeds or learning rates at once.
+What the functions that begin with `make` return is pure: `jax.vmap` runs it for many seeds or rates at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from parallel import State, updated
+from idx import Split
+from parallel import State, initial_state, updated
+from progress import ProgressBar
 
 Inputs = tuple[jax.Array, ...]
 
@@ -55,6 +58,32 @@ def make_train_steps(
         return jax.lax.scan(step, state, (rows, jax.random.split(key, len(rows))))[0]
 
     return train_steps
+
+
+def train_in_parts(
+    net: nn.Module,
+    rate: float,
+    seed: int,
+    data: Split,
+    rows: np.ndarray,
+    size: int,
+    bar: ProgressBar,
+) -> Iterator[tuple[int, State, jax.Array]]:
+    """Trains a new net by SGD on `rows` i64[steps, batch] of the data, `size` steps in a call.
+
+    Yields:
+      Before the first step, and after each call: how many steps were taken, the state, and a key to draw by.
+      The next call takes the state's memory, so what is of interest has to be computed before.
+    """
+    train_steps = jax.jit(make_train_steps(net, optax.sgd), donate_argnums=0)
+    state = initial_state(net, optax.sgd(rate), seed, data.images[:1])
+    for first in range(0, len(rows), size):
+        key = jax.random.fold_in(jax.random.key(seed), first)
+        yield first, state, key
+        some = rows[first : first + size]
+        state = train_steps(state, data[:1], data.labels, some, rate, key)
+        bar.update(some.size)
+    yield len(rows), state, jax.random.fold_in(jax.random.key(seed), len(rows))
 
 
 def make_accuracy(model: nn.Module) -> Callable[[State, Inputs, jax.Array], jax.Array]:

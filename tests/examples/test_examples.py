@@ -18,6 +18,7 @@ import models
 import paper_figure1
 import parallel
 import small_batches
+import training
 from batches import take, whole_batches
 from errors import UsageError
 from tests.support.cases import assert_close, assert_trees_close
@@ -41,10 +42,10 @@ def test_a_net_of_nnx_learns(run):
 
 
 @pytest.mark.training
-def test_the_figure_says_what_was_measured_of_nets_with_the_same_first_weights(run):
+def test_the_figure_says_what_was_measured_of_nets_with_the_same_first_weights(run, monkeypatch):
     starts = []
-    initial_state = watched(paper_figure1.initial_state, starts)
-    histories, said = run(paper_figure1, 400, GOAL=0.5, initial_state=initial_state)
+    monkeypatch.setattr(training, "initial_state", watched(training.initial_state, starts))
+    histories, said = run(paper_figure1, 400, GOAL=0.5)
     goals, drifts, late = [], [], []
     for history in histories.values():
         np.testing.assert_array_equal(history.steps, [0, 200, 400])
