@@ -26,6 +26,7 @@ from models import to_unit_range
 from progress import ProgressBar
 
 BATCH_SIZE = functional.BATCH_SIZE
+SHOWN = 16  # images: so few that their mean is not that of the data
 STAGES = ("x", "normalized", "y")
 
 
@@ -50,7 +51,7 @@ def main(
             batch = train_set.images[rows], train_set.labels[rows]
             params, stats, opt_state = functional.train_step(params, stats, opt_state, *batch)
             bar.update(BATCH_SIZE)
-    x = to_unit_range(test_set.images[:BATCH_SIZE]).reshape(BATCH_SIZE, -1) @ params["hidden"]
+    x = to_unit_range(test_set.images[:SHOWN]).reshape(SHOWN, -1) @ params["hidden"]
     unit = int(np.argmax(np.abs(stats["mean"])))  # where there is most to see
     values = {
         mode: [np.asarray(stage)[:, unit] for stage in stages(params["norm"], stats, x, running)]
@@ -98,7 +99,7 @@ def draw(values: Mapping[str, list[np.ndarray]], output: Path) -> None:
     """A dot for each image of the batch, and above it what the axis shows."""
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     titles = ("before: x", "normalized", "after scale and bias: y")
-    heights = np.random.default_rng(0).uniform(-0.3, 0.3, BATCH_SIZE)  # so that dots do not hide each other
+    heights = np.random.default_rng(0).uniform(-0.3, 0.3, SHOWN)  # so that dots do not hide each other
     for position, (axes, title) in enumerate(
         zip(figure.subplots(1, 3, sharex=True, sharey=True), titles, strict=True)
     ):
