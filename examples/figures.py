@@ -81,6 +81,11 @@ def table(*rows: Iterable[object]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def counted(count: int, noun: str) -> str:
+    """Such as "1 seed", "3 seeds"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}

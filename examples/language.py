@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from batches import check_seeds
 from errors import one_line_errors
-from figures import COLORS, INK, LABEL, save_numbers, save_picture
+from figures import COLORS, INK, LABEL, counted, save_numbers, save_picture
 from sequences import KINDS, Fcn, Sequences, accuracies, padded
 
 # All in the Latin script, since another would give the language away. Of the closest relatives, such as Czech
@@ -148,7 +148,8 @@ def sentence(numbers: Mapping[str, Any]) -> str:
     )
     return (
         f"Of {numbers['names'][1]:,} names the net gets {ours} right with batch norm and {plain} without,"
-        f" over {len(numbers['with'])} seeds; naive Bayes gets {100 * numbers['naive Bayes']:.1f} %."
+        f" over {counted(len(numbers['with']), 'seed')};"
+        f" naive Bayes gets {100 * numbers['naive Bayes']:.1f} %."
     )
 
 

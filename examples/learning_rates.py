@@ -11,6 +11,7 @@ Reference: Bjorck, Gomes, Selman and Weinberger 2018, arXiv 1806.02375.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,13 @@ def main(
         train_steps, accuracy = make_train_steps(net, optax.sgd), make_accuracy(net)
 
         @jax.jit
-        @jax.vmap
-        def run(rate, state=state, train_steps=train_steps, accuracy=accuracy):
+        @partial(jax.vmap, in_axes=(0, None, None))
+        def run(rate, data, tests, state=state, train_steps=train_steps, accuracy=accuracy):
             end = train_steps(state, data[:1], data.labels, rows, rate, jax.random.key(0))
             return accuracy(end, tests[:1], tests.labels)
 
         with ProgressBar(kind, rows.size * len(RATES)) as bar:
-            numbers[kind] = run(np.array(RATES, np.float32)).tolist()
+            numbers[kind] = run(np.array(RATES, np.float32), data, tests).tolist()
             bar.update(rows.size * len(RATES))
     numbers = save_numbers(output, numbers, steps=steps, seed=seed)
     draw(numbers, output)

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from batches import check_seeds
 from errors import one_line_errors
-from figures import COLORS, INK, save_numbers, save_picture
+from figures import COLORS, INK, counted, save_numbers, save_picture
 from sequences import KINDS, Fcn, Sequences, accuracies, padded
 
 VOWELS = Path(__file__).parent / "data" / "vowels"
@@ -63,8 +63,8 @@ def sentence(numbers: Mapping[str, list[float]]) -> str:
         (100 * np.mean(found), 100 * np.std(found)) for found in numbers.values()
     )
     return (
-        f"Over {len(numbers['with'])} seeds the test accuracy is {ours:.1f} +- {spread:.1f} % with batch norm"
-        f" and {plain:.1f} +- {plain_spread:.1f} % without."
+        f"Over {counted(len(numbers['with']), 'seed')} the test accuracy is {ours:.1f} +- {spread:.1f} % with"
+        f" batch norm and {plain:.1f} +- {plain_spread:.1f} % without."
     )
 
 

@@ -18,9 +18,9 @@ import regularization
 import sequences
 import speech
 from errors import UsageError
-from models import Plain
+from models import Plain, Sigmoids
 from tests.support.cases import assert_close
-from tests.support.gallery import TEST_SIZE, four, watched
+from tests.support.gallery import TEST_SIZE, TRAIN_SIZE, four, watched
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -50,8 +50,8 @@ def test_the_noise_says_what_was_measured(run):
     accuracies = [found["accuracies"][-1] for found in (noisy, ours, without)]
     assert_shares(TEST_SIZE, accuracies)
     moved = [f"{found['moved']:.3f}" for found in (noisy, ours, without)]
-    assert said == ["0%", "1", "1", "1", *four(*accuracies), *moved]
-    assert all(found["steps"] == [1, 2] for found in numbers.values())
+    assert said == ["0%", "0", "0", "0", "0", "0", "0", *four(*accuracies), *moved]
+    assert all(found["steps"] == [0, 1, 2] for found in numbers.values())
 
 
 def test_noise_has_another_mean_and_deviation_for_each_unit_and_step():
@@ -66,7 +66,7 @@ def test_noise_has_another_mean_and_deviation_for_each_unit_and_step():
 
 def test_noise_is_in_training_alone(mnist):
     images = mnist[0].images[:8]
-    quiet, noisy = moving_distributions.Net(True, False), moving_distributions.Net(True, True)
+    quiet, noisy = Sigmoids(True, 0.03), Sigmoids(True, 0.03, moving_distributions.disturb)
     variables = quiet.init(jax.random.key(0), images, train=False)
     np.testing.assert_array_equal(*(net.apply(variables, images, train=False) for net in (quiet, noisy)))
     options = {"train": True, "rngs": {"noise": jax.random.key(1)}, "mutable": ["batch_stats"]}
@@ -90,25 +90,40 @@ def test_gradients_grow_as_theory_says():
 @pytest.mark.training
 def test_deep_nets_say_what_was_measured(run):
     jax.clear_caches()  # what the test before compiled has other sizes
-    sizes = {"DEPTH": 4, "SETTLED": 2, "WIDTH": 8, "ROWS": 16, "DEPTHS": (1, 2), "NARROW": 8, "RATES": (0.1,)}
+    sizes = {"DEPTH": 4, "SETTLED": 2, "WIDTH": 8, "ROWS": 16, "DEPTHS": (1, 2), "NARROW": 8, "HELD_OUT": 50}
     kinds = {name: deep_gradients.KINDS[name] for name in ("relu", "relu, batch norm")}
-    numbers, said = run(deep_gradients, 2, {"seeds": 2}, KINDS=kinds, **sizes)
+    calls, rates = [], (0.0, 0.1)
+    watching = watched(deep_gradients.accuracies, calls)
+    numbers, said = run(
+        deep_gradients, 2, {"seeds": 2}, KINDS=kinds, RATES=rates, accuracies=watching, **sizes
+    )
     found = numbers["relu, batch norm"]["growth"]
     shown = [np.mean(found), min(found), max(found)]
     assert said == [*(f"{number:.3f}" for number in shown), "2", "1.467"]
+    results = iter(calls)
     for one in numbers.values():
-        assert_shares(TEST_SIZE, one["accuracies"])
-        assert len(one["accuracies"]) == 2
         assert len(one["log10 norms"]) == 4
+        for place in range(2):
+            (_, _, splits, rows), (held_out, tested) = next(results)
+            assert [len(split.labels) for split in splits] == [TRAIN_SIZE - 50, 50, TEST_SIZE]
+            assert np.max(rows) < TRAIN_SIZE - 50
+            assert held_out.shape == tested.shape == (2, 2)  # rates and seeds
+            assert_shares(50, held_out)
+            assert_shares(TEST_SIZE, tested)
+            best = held_out.mean(1).argmax()
+            assert one["rates"][place] == rates[best]
+            assert one["accuracies"][place] == pytest.approx(tested[best].mean(), rel=1e-5)
+            assert one["deviations"][place] == pytest.approx(tested[best].std(), abs=1e-5)
 
 
 def test_layers_in_a_loop_are_the_layers_one_by_one():
     kind = deep_gradients.KINDS["relu, batch norm, skip"]
-    params, stats = deep_gradients.init(kind, 3, 8, jax.random.key(0))
+    net = deep_gradients.layers(kind, 3, 8, train=True)
     x = jax.random.normal(jax.random.key(1), (16, 8))
-    found, _ = deep_gradients.layers(kind, params, stats, x, train=True)
+    variables = net.init(jax.random.key(0), x)
+    (found, _), _ = net.apply(variables, x, mutable=["batch_stats"])
     x = np.asarray(x, np.float64)
-    for w in np.asarray(params["w"], np.float64):
+    for w in np.asarray(variables["params"]["Dense_0"]["kernel"], np.float64):
         y = x @ w
         x = x + np.maximum(0, (y - y.mean(0)) / np.sqrt(y.var(0) + 1e-5))
     assert_close(found, x, 1e-5)
