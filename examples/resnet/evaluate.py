@@ -8,7 +8,7 @@ Latency is measured twice: as the model is, and with its batch norms folded into
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -64,8 +64,9 @@ def main(
     top1, top5, count = accuracy(make_evaluation_step(net), on_devices, batches, placement)
     print(f"{count} pictures: top 1 {top1:.4f}, top 5 {top5:.4f}")
     images = np.zeros((latency_batch, about["image_size"], about["image_size"], 3), np.uint8)
-    for name, call in (("as it is", serving(net, variables)), ("folded", serving(net, fold(net, variables)))):
-        print(f"{latency_batch} picture(s) in {1000 * latency(call, images):.2f} ms, {name}")
+    calls = {"as it is": serving(net, variables), "folded": serving(net, fold(net, variables))}
+    for name, seconds in latencies(calls, images).items():
+        print(f"{latency_batch} picture(s) in {1000 * seconds:.2f} ms, {name}")
     return top1, top5
 
 
@@ -84,14 +85,15 @@ def fold(net: ResNet, variables: ArrayTree) -> ArrayTree:
     return jbn.tools.fold_variables(variables, call=call, x=images)
 
 
-def latency(call: Callable[[jax.Array], jax.Array], images: np.ndarray) -> float:
-    """Seconds of a call, the median of many after the first, which compiles."""
-    seconds = []
+def latencies(calls: Mapping[str, Callable[[jax.Array], jax.Array]], images: np.ndarray) -> dict[str, float]:
+    """Seconds of each call, the median of many after the first, which compiles; called in turn."""
+    found = {name: [] for name in calls}
     for _ in range(CALLS + 1):
-        started = time.perf_counter()
-        jax.block_until_ready(call(images))
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[1:]))
+        for name, call in calls.items():
+            started = time.perf_counter()
+            jax.block_until_ready(call(images))
+            found[name].append(time.perf_counter() - started)
+    return {name: float(np.median(seconds[1:])) for name, seconds in found.items()}
 
 
 if __name__ == "__main__":
