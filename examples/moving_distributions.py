@@ -1,4 +1,4 @@
-"""Batch norm whose outputs are made to jump about: training is no slower for it.
+"""Batch norm whose outputs are made to jump about: is training still faster than without?
 
     python examples/moving_distributions.py
 

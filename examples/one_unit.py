@@ -2,7 +2,7 @@
 
     python examples/one_unit.py
 
-The net of functional.py learns MNIST. Then one unit of its hidden layer is watched while a batch of 128
+The net of functional.py learns MNIST. Then one unit of its hidden layer is watched while a batch of 16
 test images passes batch norm: x as it comes, x normalized by the mean and variance of the batch, and y
 after scale and bias. In evaluation the running statistics take the place of the batch's.
 """
