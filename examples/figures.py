@@ -34,10 +34,11 @@ PACKAGES = ("jbn", "jax", "flax", "optax", "numpy")
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Writes a figure into a folder that need not be there yet.
+    """Writes a figure into a folder that need not be there yet, as PNG whatever the path ends with.
 
     In 64 colors: that is a third of the bytes, and nobody sees a difference.
     """
+    path = path.with_suffix(".png")  # other formats have no palette
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     with Image.open(path) as image:

@@ -262,6 +262,12 @@ def test_pictures_can_be_read_on_light_and_on_dark_pages(color, page):
     assert (high + 0.05) / (low + 0.05) >= 3
 
 
+@pytest.mark.parametrize("name", ["one", "one.svg", "one.json"])
+def test_a_picture_is_a_png_whatever_its_path_ends_with(name, tmp_path):
+    figures.save_picture(figures.Figure(), tmp_path / "new" / name)
+    assert (tmp_path / "new" / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_numbers_are_kept_with_settings_and_versions(tmp_path):
     numbers = figures.save_numbers(tmp_path / "one.png", {"a": [1 / 3, 2], "b": {"c": None}}, seed=3)
     assert numbers == {"a": [0.333333, 2], "b": {"c": None}}
