@@ -20,7 +20,7 @@ import speech
 from errors import UsageError
 from models import Plain, Sigmoids
 from tests.support.cases import assert_close
-from tests.support.gallery import TEST_SIZE, TRAIN_SIZE, four, watched
+from tests.support.gallery import NUMBER, TEST_SIZE, TRAIN_SIZE, four, watched
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -52,6 +52,26 @@ def test_the_noise_says_what_was_measured(run):
     moved = [f"{found['moved']:.3f}" for found in (noisy, ours, without)]
     assert said == ["0%", "0", "0", "0", "0", "0", "0", *four(*accuracies), *moved]
     assert all(found["steps"] == [0, 1, 2] for found in numbers.values())
+
+
+def test_each_net_gets_its_own_numbers_in_what_is_said_of_the_noise():
+    kinds = enumerate(("without", "with", "noisy"), 1)
+    numbers = {
+        kind: {"goal": i, "goal from larger weights": 10 * i, "accuracies": [0.0, i / 10], "moved": i / 100}
+        for i, kind in kinds
+    }
+    said = NUMBER.findall(moving_distributions.sentence(numbers))
+    goals = ["3", "2", "1", "30", "20", "10"]
+    assert said == ["95%", *goals, *four(0.3, 0.2, 0.1), "0.030", "0.020", "0.010"]
+
+
+def test_the_goal_is_where_it_was_first_seen_and_the_drift_that_of_a_typical_unit():
+    medians = np.array([[0.0, 0.0, 0.0], [1.0, 2.0, 9.0], [0.0, 1.0, 0.0]])
+    found = moving_distributions.summary((0, 200, 400), np.array([0.9, 0.96, 0.97]), medians)
+    assert found["goal"] == 200
+    assert found["medians"] == [0, 2, 1]
+    assert found["moved"] == 1.5  # of 1, 2, 9, 1, 1 and 9
+    assert moving_distributions.summary((0,), np.array([0.9]), medians)["goal"] is None
 
 
 def test_noise_has_another_mean_and_deviation_for_each_unit_and_step():
@@ -114,6 +134,16 @@ def test_deep_nets_say_what_was_measured(run):
             assert one["rates"][place] == rates[best]
             assert one["accuracies"][place] == pytest.approx(tested[best].mean(), rel=1e-5)
             assert one["deviations"][place] == pytest.approx(tested[best].std(), abs=1e-5)
+
+
+def test_tables_show_what_each_cell_is_named_after():
+    deep = {"kind": {"growth": [1.0, 2.0], "accuracies": [0.1, 0.2, 0.3], "deviations": [0.04, 0.05, 0.06]}}
+    row = deep_gradients.report(deep).splitlines()[-1]
+    assert row == "| kind | 1.500 | 0.10 +- 0.04 | 0.20 +- 0.05 | 0.30 +- 0.06 |"
+    few = {"kind": {"train": [1.0, 0.9], "test": [0.8, 0.6], "deviation": [0.0, 0.0]}}
+    assert regularization.report(few).splitlines()[-1] == "| kind | 0.800 (+0.200) | 0.600 (+0.300) |"
+    one = {"training": {"x": [1.0, 2.0], "normalized": [0.0, 1.0], "y": [3.0, 4.0]}}
+    assert one_unit.report(one).splitlines()[-1] == "| training | 1.00, 2.00 | 0.00, 1.00 | 3.00, 4.00 |"
 
 
 def test_layers_in_a_loop_are_the_layers_one_by_one():
