@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,34 @@ def test_every_number_on_the_page_comes_from_a_file():
             text = text.replace(plain(one), "")
         left[section.partition("\n")[0]] = set(re.findall(r"\d[\d,]*\.\d+|\d+(?= ?%)", text))
     assert {head: numbers for head, numbers in left.items() if numbers} == GIVEN
+
+
+def test_numbers_in_words_follow_from_the_files():
+    page = plain(PAGE.read_text())
+    rates, language = (
+        json.loads((PICTURES / f"{name}.json").read_text())["numbers"]
+        for name in ("learning_rates", "language")
+    )
+    largest = (
+        max(rate for rate, accuracy in zip(rates["rates"], rates[kind], strict=True) if accuracy > 0.5)
+        for kind in ("with", "without")
+    )
+    assert round(math.log10(next(largest) / next(largest)), 1) == 1.5  # which is a factor of 32
+    assert "up to thirty times as large" in page
+    gain = 100 * (statistics.mean(language["with"]) - statistics.mean(language["without"]))
+    assert f"helps this net by {gain:.0f} points" in page
+    assert f"{language['names'][0]:,} names are few" in page
+
+
+def test_what_others_report_is_on_the_page_as_in_the_picture():
+    page = plain(PAGE.read_text())
+    for name, before, after in (
+        ("FCN", "report ", " % for theirs"),
+        ("ResNet", "", " % for a ResNet"),
+        ("MLP", "", " % for an MLP"),
+    ):
+        mean, deviation = importlib.import_module("speech").REPORTED[name]
+        assert f"{before}{100 * mean:.1f} +- {100 * deviation:.1f}{after}" in page
 
 
 def test_every_number_of_the_gallery_comes_from_a_file():
