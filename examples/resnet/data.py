@@ -5,8 +5,11 @@ end; a random crop of each; every process's rows; batches. So what a batch holds
 the seed, not on how many processes, workers or threads read it, and an iterator is resumed by its state.
 """
 
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -174,10 +177,19 @@ def _iterate(batches: grain.MapDataset, workers: int, threads: int) -> grain.Dat
     threads, buffered = (1, 1) if workers else (threads, 2 * threads)
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffered)
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-    return iter(batches.to_iter_dataset(reading).mp_prefetch(processes, _leave_signals_to_the_run))
+    return iter(batches.to_iter_dataset(reading).mp_prefetch(processes, _live_as_long_as_the_run))
 
 
-def _leave_signals_to_the_run(*_: int) -> None:
-    """Ctrl-C reaches every process of a terminal, SIGTERM all of a cluster's job: the run ends its own."""
+def _live_as_long_as_the_run(*_: int) -> None:
+    """Ctrl-C reaches every process of a terminal, SIGTERM all of a cluster's job: the run ends its own.
+
+    One that is killed cannot, and its workers would wait for it forever.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)

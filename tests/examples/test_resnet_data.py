@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from resnet.data import CenterCrops, Pictures, RandomCrop, center_crop, evaluati
 from resnet.options import Config
 from resnet.predict import read
 from tests.support import resnet_runs
+from tests.support.processes import ended, started
 from tests.support.resnet_runs import BATCH_SIZE, CLASSES, SIZE, TRAIN_SIZE
 
 data_dir = resnet_runs.data_dir
@@ -75,6 +77,27 @@ def test_other_processes_read_the_same_and_go_on_where_they_were(pictures):
     later.close()
     found = [np.concatenate(parts) for parts in zip(begun, rest, strict=True)]
     assert_same(found, take(reader(pictures), 24))
+
+
+def test_workers_end_with_a_run_that_is_killed(data_dir):
+    """They ignore the signals that would else end them. All of them hold the program's stdout."""
+    reading = f"""
+import signal, sys
+sys.path.insert(0, {str(Path(resnet.train.__file__).parents[1])!r})
+from pathlib import Path
+from resnet.data import Pictures, RandomCrop, training_batches
+
+if __name__ == "__main__":
+    crop = RandomCrop({SIZE}, smallest=0.5, flip=True)
+    batches = training_batches(Pictures(Path({str(data_dir / "train")!r})), crop, 4, seed=0, workers=2)
+    next(batches)
+    print("reading", flush=True)
+    signal.pause()
+"""
+    with started([["-c", reading]]) as (program,):
+        assert program.stdout.readline() == "reading\n"
+        program.kill()
+        ended([program])
 
 
 def test_an_iterator_goes_on_from_its_state(pictures):
