@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 pytest.importorskip("grain")
 pytest.importorskip("safetensors")
 
+import resnet.throughput
 import resnet.train
 from errors import UsageError
 from resnet.data import CenterCrops, Pictures, RandomCrop, center_crop, evaluation_batches, training_batches
@@ -208,3 +210,17 @@ def test_a_folder_that_does_not_fit_is_named(tmp_path):
         resnet.train.Run(Config(data_dir=tmp_path / "data", devices=1))
     with pytest.raises(UsageError, match="none of its 1 pictures can be decoded"):
         Pictures(tmp_path)[0]
+
+
+def test_throughput_counts_no_batch_that_was_there_before(monkeypatch):
+    """The clock is the number of calls."""
+    calls, readings = [], []
+
+    def reading():
+        readings.append(len(calls))
+        return readings[-1]
+
+    monkeypatch.setattr(resnet.throughput, "time", types.SimpleNamespace(perf_counter=reading))
+    run = types.SimpleNamespace(config=Config(data_dir=Path(), workers=3), state=())
+    assert resnet.throughput.seconds(run, lambda: calls.append(0)) == resnet.throughput.STEPS
+    assert readings[0] >= 3 * run.config.workers
