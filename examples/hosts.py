@@ -2,6 +2,10 @@
 
 import contextlib
 import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
@@ -9,7 +13,7 @@ import numpy as np
 from chex import ArrayTree
 from jax.experimental import multihost_utils
 
-from errors import UsageError
+from errors import Interrupted, UsageError
 
 
 class Options(Protocol):
@@ -25,8 +29,27 @@ class Options(Protocol):
     process_id: int | None
 
 
-def start(options: Options) -> None:
-    """Sets JAX up. To be called before the first array is made."""
+@contextlib.contextmanager
+def started(options: Options) -> Iterator[None]:
+    """Sets JAX up. To be entered before the first array is made.
+
+    Where there are other processes, one that meets an error ends at once: Python's own exit would wait for
+    the others, which wait for its next step.
+    """
+    _start(options)
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, Interrupted):  # all processes were
+            raise
+        if isinstance(error, UsageError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        os._exit(1)
+
+
+def _start(options: Options) -> None:
     if options.devices is not None:
         jax.config.update("jax_num_cpu_devices", options.devices)
     if options.coordinator is not None:

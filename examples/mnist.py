@@ -35,8 +35,7 @@ TEST_BATCH = 1000
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    with one_line_errors():
-        hosts.start(config)
+    with one_line_errors(), hosts.started(config):
         accuracy = train(config)
     if hosts.is_main():
         print(f"test accuracy: {accuracy:.4f}")

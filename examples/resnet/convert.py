@@ -46,6 +46,9 @@ def main(
         raise UsageError("files that end in .pth need the package torch") from None
     if source.suffix == ".safetensors":
         _, variables, about = load_model(source)
+        if about["model"].get("small_images"):
+            raise UsageError(f"{source}: torchvision has no ResNet that begins as with --small-images")
+        output.parent.mkdir(parents=True, exist_ok=True)
         arrays = to_torchvision(variables, about["model"]["depth"])
         torch.save({name: torch.tensor(array) for name, array in arrays.items()}, output)
         return
@@ -53,9 +56,13 @@ def main(
         state_dict = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # it has many, and none of its own
         raise UsageError(f"{source}: cannot be read by torch.load: {error}") from None
+    if not isinstance(state_dict, Mapping):
+        raise UsageError(f"{source}: expected a state dict, found a {type(state_dict).__name__}")
     variables, model = from_torchvision(state_dict)
     names = [str(label) for label in range(model["num_classes"])]
     if classes is not None:
+        if not classes.is_dir():
+            raise UsageError(f"--classes {classes}: no such folder")
         names = class_names(classes)
     if len(names) != model["num_classes"]:
         raise UsageError(
@@ -85,7 +92,7 @@ def from_torchvision(state_dict: Mapping[str, Any]) -> tuple[ArrayTree, dict[str
 
 
 def to_torchvision(variables: ArrayTree, depth: int) -> dict[str, Any]:
-    """The state dict of torchvision's resnet18, 34, 50 or 101, as NumPy arrays."""
+    """The state dict of torchvision's resnet18, 34, 50 or 101, as NumPy arrays; of the net's own width."""
     return jbn.tools.torch_state_dict(variables, torchvision_mapping(depth))
 
 

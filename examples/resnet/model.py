@@ -8,6 +8,7 @@ Reference: He et al. 2015, arXiv 1512.03385; the stride of a bottleneck is in it
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,9 @@ def save_model(path: Path, variables: ArrayTree, about: dict[str, Any]) -> None:
     """Writes parameters and statistics, and with them what it takes to use them, as one file."""
     arrays = {name: np.asarray(array) for name, array in flatten_dict(variables, sep="/").items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, path, metadata={"about": json.dumps(about)})
+    part = path.with_suffix(".part")  # a run that is killed leaves no half of a model
+    save_file(arrays, part, metadata={"about": json.dumps(about)})
+    os.replace(part, path)
 
 
 def load_model(path: Path) -> tuple[ResNet, ArrayTree, dict[str, Any]]:

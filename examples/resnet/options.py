@@ -44,7 +44,7 @@ class Config:
     learning_rate: float = 0.1
     """The peak, for 256 images in a step; proportional to --batch-size."""
     warmup_epochs: float = 5.0
-    """From 0 to the peak; a cosine to 0 follows."""
+    """From 0 to the peak, for half of the run at most; a cosine to 0 follows."""
     weight_decay: float = 1e-4
     """Of all but batch norm's scale and bias."""
     label_smoothing: float = 0.1
@@ -112,6 +112,7 @@ def check(config: Config) -> None:
 
     refuse(POSITIVE, lambda value: value < 1, "1 or more")
     refuse(FRACTIONS, lambda value: not 0 <= value <= 1, "0 to 1")
+    refuse(("crop_scale", "center_crop"), lambda value: value == 0, "more than 0")
     refuse(NOT_NEGATIVE, lambda value: value < 0, "0 or more")
 
 

@@ -36,4 +36,7 @@ def read(picture: str, size: int, part: float) -> np.ndarray:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit("usage: python predict.py FOLDER PICTURE...")
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except OSError as error:  # a file that is missing, or no picture
+        sys.exit(f"error: {error}")

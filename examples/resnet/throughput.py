@@ -27,10 +27,9 @@ STEPS = 50
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+    with one_line_errors(), hosts.started(config), tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, output=Path(folder), resume=False)
         check(config)
-        hosts.start(config)
         run = Run(config)
         batch = next(run.batches)
         run.train_on(batch)  # compiles

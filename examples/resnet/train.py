@@ -47,8 +47,7 @@ TOO_MANY = 20  # steps in a row with NaN gradients: the run is lost
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    with one_line_errors():
-        hosts.start(config)
+    with one_line_errors(), hosts.started(config):
         accuracy = train(config)
     if hosts.is_main():
         print(f"test accuracy: {accuracy:.4f}")

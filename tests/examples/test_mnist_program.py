@@ -11,7 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+import hosts
 import mnist
+from errors import Interrupted, UsageError
 from mnist_options import Config, with_preset
 from progress import StopRequest
 from tests.support import mnist_runs
@@ -29,7 +31,7 @@ def arguments(options):
 
 
 def test_the_program_ends_with_its_accuracy_or_one_line(options, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mnist.hosts, "start", lambda _: None)  # it has to come before the first array
+    monkeypatch.setattr(mnist.hosts, "_start", lambda _: None)  # it has to come before the first array
     monkeypatch.setattr(sys, "argv", ["mnist.py", *arguments(options)])
     mnist.main()
     assert re.fullmatch(r"test accuracy: [01]\.\d{4}", capsys.readouterr().out.splitlines()[-1])
@@ -38,6 +40,28 @@ def test_the_program_ends_with_its_accuracy_or_one_line(options, tmp_path, monke
         mnist.main()
     # Which Python prints on stderr, with exit status 1.
     assert stop.value.code == f"error: {tmp_path / 'none'}: no such folder of IDX files (--data-dir)"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(UsageError("--seed: no"), "error: --seed: no\n"), (ValueError("a collective"), "Traceback")],
+)
+def test_one_of_several_processes_ends_at_once_after_an_error(error, said, monkeypatch, capsys):
+    """Python's exit would wait for the others, which wait for its next step."""
+    ended = []
+    monkeypatch.setattr(hosts, "_start", lambda _: None)
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.os, "_exit", ended.append)
+    with hosts.started(None):
+        raise error
+    assert ended == [1]
+    assert capsys.readouterr().err.startswith(said)
+    with pytest.raises(Interrupted), hosts.started(None):
+        raise Interrupted("stopped", signal.SIGTERM)
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 1)
+    with pytest.raises(type(error)), hosts.started(None):
+        raise error
+    assert ended == [1]
 
 
 def stopped(options, by, *more):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ pytest.importorskip("flatbuffers")
 import resnet.convert
 import resnet.evaluate
 import resnet.export
+import resnet.model
 import resnet.predict
 from errors import UsageError
 from resnet.data import Pictures, center_crop
@@ -50,6 +52,10 @@ def trained_variables(net):
 def abstract_variables(net):
     images = np.zeros((1, SIZE, SIZE, 3), np.uint8)
     return jax.eval_shape(lambda key: net.init(key, images, train=False), jax.random.key(0))
+
+
+def abstract_zeros(net):
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_variables(net))
 
 
 @pytest.fixture
@@ -101,6 +107,28 @@ def predict(folder, *pictures):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+def test_what_cannot_be_classified_is_named_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["predict.py", str(tmp_path), "a.png"])
+    with pytest.raises(SystemExit, match=r"^error: .*No such file.*about\.json"):
+        runpy.run_path(resnet.predict.__file__, run_name="__main__")
+
+
+def test_a_run_that_is_killed_leaves_no_half_of_a_model(model, tmp_path, monkeypatch):
+    _, _, variables = model
+    path = tmp_path / "model.safetensors"
+    resnet.model.save_model(path, variables, {"model": {}})
+    whole = path.read_bytes()
+
+    def killed(arrays, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resnet.model, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resnet.model.save_model(path, variables, {"model": {}})
+    assert path.read_bytes() == whole
+
+
 def test_every_batch_norm_is_folded(model, capsys):
     _, net, variables = model
     folded = resnet.evaluate.fold(net, variables)
@@ -141,7 +169,7 @@ def test_evaluation_tells_what_the_model_gets_right(model, data_dir, tmp_path, m
 def test_torchvisions_names_cover_every_net(depth, monkeypatch):
     monkeypatch.setitem(resnet.model.STAGES, 18, (2, 2, 2, 2))
     net = make_model({"depth": depth} | SIZES)
-    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_variables(net))
+    variables = abstract_zeros(net)
     state_dict = resnet.convert.to_torchvision(variables, depth)
     assert resnet.convert.depth_of(state_dict) == depth
     expected = torchvision_state(resnet.model.STAGES[depth], bottleneck=depth >= 50)
@@ -185,6 +213,23 @@ def test_a_file_of_pytorch_becomes_a_model_and_comes_back(tmp_path, monkeypatch)
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     for name, tensor in state_dict.items():
         assert torch.equal(back[name], tensor), name
+
+
+def test_what_cannot_be_converted_is_named(tmp_path):
+    torch = pytest.importorskip("torch")
+    theirs, ours = tmp_path / "theirs.pth", tmp_path / "ours.safetensors"
+    torch.save([1], theirs)
+    with pytest.raises(UsageError, match=r"theirs\.pth: expected a state dict, found a list"):
+        resnet.convert.main(theirs, ours)
+    net = make_model({"depth": 18, "small_images": True} | SIZES)
+    about = {"model": {"depth": 18, "small_images": True} | SIZES}
+    save_model(ours, abstract_zeros(net), about)
+    with pytest.raises(UsageError, match=r"torchvision has no ResNet that begins as with --small-images"):
+        resnet.convert.main(ours, tmp_path / "back.pth")
+    plain = resnet.convert.to_torchvision(abstract_zeros(make_model({"depth": 18} | SIZES)), 18)
+    torch.save({name: torch.tensor(array) for name, array in plain.items()}, theirs)
+    with pytest.raises(UsageError, match=r"--classes .*none: no such folder"):
+        resnet.convert.main(theirs, ours, classes=tmp_path / "none")
 
 
 def test_the_net_is_torchvisions(tmp_path, monkeypatch):

@@ -299,6 +299,7 @@ def test_tensorboard_gets_the_numbers(options):
         ({"batch_size": 0}, "--batch-size 0: expected 1 or more"),
         ({"label_smoothing": 1.5}, "--label-smoothing 1.5: expected 0 to 1"),
         ({"workers": -1}, "--workers -1: expected 0 or more"),
+        ({"center_crop": 0.0}, "--center-crop 0.0: expected more than 0"),
         (
             {"batch_size": 12, "devices": 8},
             "--batch-size 12: expected a multiple of 8, devices x --accumulate",
