@@ -21,7 +21,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from batches import check_seeds, whole_batches
-from errors import one_line_errors
+from errors import UsageError, one_line_errors
 from figures import COLORS, label_ends, save_numbers, save_picture, table
 from idx import MNIST, Split, load_splits
 from models import Plain
@@ -55,6 +55,8 @@ def main(
     """
     check_seeds(seeds)
     train_set, test_set = load_splits(MNIST)
+    if seeds * FEW > len(train_set.labels):
+        raise UsageError(f"--seeds {seeds}: expected {len(train_set.labels) // FEW} or fewer")
     order = np.random.default_rng(0).permutation(len(train_set.labels))[: seeds * FEW].reshape(seeds, FEW)
     few = jax.device_put(Split(train_set.images[order], train_set.labels[order]))
     numbers = {}

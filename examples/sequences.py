@@ -3,7 +3,7 @@
 Reference: Wang, Yan and Oates 2017, arXiv 1611.06455, the fully convolutional net.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -18,7 +18,6 @@ from parallel import State, initial_state
 from progress import ProgressBar
 from training import make_accuracy, make_train_step
 
-RATE = 0.001
 KINDS = {"with": True, "without": False}
 
 
@@ -64,9 +63,9 @@ class Fcn(nn.Module):
 
 
 def make_fit(
-    net: nn.Module, data: Sequences, batch_size: int, steps: int
+    net: nn.Module, data: Sequences, batch_size: int, steps: int, rate: float
 ) -> Callable[[int, ProgressBar], State]:
-    """A function that trains a new net with a seed, by Adam from 0.001 down to 0."""
+    """A function that trains a new net with a seed, by Adam from `rate` down to 0."""
 
     def make_optimizer(rate: jax.Array) -> optax.GradientTransformation:
         return optax.adam(optax.linear_schedule(rate, 0.0, steps))
@@ -74,9 +73,9 @@ def make_fit(
     train_step = jax.jit(make_train_step(net, make_optimizer), donate_argnums=0)
 
     def fit(seed: int, bar: ProgressBar) -> State:
-        state = initial_state(net, make_optimizer(RATE), seed, data.values[:1], data.mask[:1])
+        state = initial_state(net, make_optimizer(rate), seed, data.values[:1], data.mask[:1])
         for rows in whole_batches(seed, len(data.labels), batch_size, steps):
-            state = train_step(state, data[:2], data.labels, rows, RATE, jax.random.key(seed))
+            state = train_step(state, data[:2], data.labels, rows, rate, jax.random.key(seed))
             bar.update(batch_size)
         return state
 
@@ -88,15 +87,17 @@ def accuracies(
     train_set: Sequences,
     test_set: Sequences,
     batch_size: int,
+    rates: Mapping[str, float],
     steps: int,
     seeds: int,
 ) -> dict[str, list[float]]:
-    """The test accuracies of nets with and without batch norm, one for each seed."""
+    """The test accuracies of nets with and without batch norm, one for each seed; each kind has its rate."""
     train_set, test_set = jax.device_put((train_set, test_set))
     found = {}
     for kind, batch_norm in KINDS.items():
         net = make_net(batch_norm)
-        fit, accuracy = make_fit(net, train_set, batch_size, steps), jax.jit(make_accuracy(net))
+        fit = make_fit(net, train_set, batch_size, steps, rates[kind])
+        accuracy = jax.jit(make_accuracy(net))
         with ProgressBar(kind, seeds * steps * batch_size) as bar:
             ends = [fit(seed, bar) for seed in range(seeds)]
         found[kind] = [float(accuracy(end, test_set[:2], test_set.labels)) for end in ends]

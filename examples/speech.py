@@ -3,8 +3,8 @@
     python examples/speech.py
 
 Each utterance of the Japanese Vowels is a sequence of 7 to 29 steps of 12 coefficients; 270 are to learn
-from. The net is the fully convolutional one of Wang et al. It learns by Adam, from 0.001 down to 0, in
-batches of 16 padded to 29.
+from. The net is the fully convolutional one of Wang et al. It learns by Adam, at a rate that falls from 0.001
+to 0, in batches of 16 padded to 29.
 
 References: Kudo, Toyama and Shimbo 1999, Pattern Recognition Letters 20; Fawaz et al. 2019, arXiv 1809.04356.
 """
@@ -26,6 +26,9 @@ from sequences import KINDS, Fcn, Sequences, accuracies, padded
 VOWELS = Path(__file__).parent / "data" / "vowels"
 LONGEST, SPEAKERS = 29, 9
 BATCH_SIZE = 16
+# Of 0.0003, 0.001, 0.003 and 0.01 those that do best on quarters of the utterances to learn from, each in turn,
+# when the others are learned.
+RATES = {"with": 0.001, "without": 0.001}
 # By Fawaz et al.: mean and standard deviation over ten runs.
 REPORTED = {"MLP": (0.976, 0.002), "ResNet": (0.992, 0.003), "FCN": (0.993, 0.002)}
 
@@ -37,6 +40,21 @@ def load(name: str) -> Sequences:
     parts = [line.split(":") for line in lines]
     values = [np.array([one.split(",") for one in series], np.float32).T for *series, _ in parts]
     return padded(values, [int(speaker) - 1 for *_, speaker in parts], LONGEST)
+
+
+def standardized(train_set: Sequences, test_set: Sequences) -> tuple[Sequences, Sequences]:
+    """Both, so that each coefficient has mean 0 and variance 1 over all steps that are to learn from.
+
+    Else batch norm would be the only one to have its input so.
+    """
+    real = train_set.values[train_set.mask]
+    mean, deviation = real.mean(0), real.std(0)
+
+    def scaled(one: Sequences) -> Sequences:
+        values = np.where(one.mask[..., np.newaxis], (one.values - mean) / deviation, 0.0)
+        return one._replace(values=values.astype(np.float32))
+
+    return scaled(train_set), scaled(test_set)
 
 
 def main(steps: int = 400, seeds: int = 10, output: Path = Path("runs/speech.png")) -> dict[str, list[float]]:
@@ -51,7 +69,8 @@ def main(steps: int = 400, seeds: int = 10, output: Path = Path("runs/speech.png
       The test accuracies with and without, one for each seed.
     """
     check_seeds(seeds)
-    numbers = accuracies(partial(Fcn, SPEAKERS), load("TRAIN"), load("TEST"), BATCH_SIZE, steps, seeds)
+    sets = standardized(load("TRAIN"), load("TEST"))
+    numbers = accuracies(partial(Fcn, SPEAKERS), *sets, BATCH_SIZE, RATES, steps, seeds)
     numbers = save_numbers(output, numbers, steps=steps, seeds=seeds)
     draw(numbers, output)
     print(sentence(numbers))

@@ -277,6 +277,11 @@ def test_no_seed_at_all_is_a_mistake(example):
         example.main(seeds=0)
 
 
+def test_more_images_than_there_are_is_a_mistake():
+    with pytest.raises(UsageError, match="--seeds 235: expected 234 or fewer"):
+        regularization.main(seeds=235)
+
+
 def luminance(color):
     """As the guidelines for accessible pages define it."""
     linear = [
