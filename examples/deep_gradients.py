@@ -11,7 +11,7 @@ are skip connections.
 Right: nets of 10, 40 and 100 such layers, of width 64, learn MNIST by SGD in batches of 64, each at the best
 of seven learning rates from 0.001 to 1, which is chosen on training images that are held out.
 
-In two minutes there is time for 200 steps of one seed. The picture on the page "What batch norm does" is of
+In two minutes there is time for 150 steps of one seed. The picture on the page "What batch norm does" is of
 
     python examples/deep_gradients.py --steps 1500 --seeds 3
 
@@ -64,6 +64,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "sigmoid": Kind(jax.nn.sigmoid, False, False, 1.0),
+    "sigmoid, larger weights": Kind(jax.nn.sigmoid, False, False, 16.0),  # a sigmoid's slope is at most 1 / 4
     "sigmoid, batch norm": Kind(jax.nn.sigmoid, True, False, 1.0),
     "relu": Kind(jax.nn.relu, False, False, 2.0),
     "relu, batch norm": Kind(jax.nn.relu, True, False, 2.0),
@@ -72,7 +73,7 @@ KINDS = {
 
 
 def main(
-    steps: int = 200, seeds: int = 1, output: Path = Path("runs/deep_gradients.png")
+    steps: int = 150, seeds: int = 1, output: Path = Path("runs/deep_gradients.png")
 ) -> dict[str, dict[str, Any]]:
     """Measures gradients at initialization, trains, draws both and says what shows.
 
