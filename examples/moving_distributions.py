@@ -5,8 +5,8 @@
 Is batch norm fast because the input of each unit keeps its distribution? Santurkar et al. took that away:
 they add noise after every batch norm, whose mean and variance are drawn anew for each unit in each step.
 Here the net is that of paper_figure1.py, three layers of 100 sigmoids on MNIST, with SGD at 0.5 in batches
-of 60, from weights with a deviation of 0.03, and once more of 0.1: without batch norm, with it, and with it
-and the noise,
+of 60, from weights with a standard deviation of 0.03, and once more of 0.1: without batch norm, with it, and
+with it and the noise,
 
     mean + deviation * N(0, 1),    mean from U(-0.5, 0.5), deviation from U(0, 0.5), both per unit and step
 
@@ -48,7 +48,7 @@ LINES = {"without": COLORS["without"], "with": COLORS["with"], "noisy": COLORS["
 
 
 def noise(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """f32[batch, units], of another mean and another deviation for each unit."""
+    """f32[batch, units], of another mean and another standard deviation for each unit."""
     keys = jax.random.split(key, 3)
     mean = jax.random.uniform(keys[0], (1, shape[1]), minval=-NOISE, maxval=NOISE)
     deviation = jax.random.uniform(keys[1], (1, shape[1]), maxval=NOISE)
