@@ -26,8 +26,8 @@ from sequences import KINDS, Fcn, Sequences, accuracies, padded
 VOWELS = Path(__file__).parent / "data" / "vowels"
 LONGEST, SPEAKERS = 29, 9
 BATCH_SIZE = 16
-# Of 0.0003, 0.001, 0.003 and 0.01 those that do best on quarters of the utterances to learn from, each in turn,
-# when the others are learned.
+# Of 0.0003, 0.001, 0.003 and 0.01 those that do best on quarters of the utterances to learn from, each in
+# turn, when the others are learned.
 RATES = {"with": 0.001, "without": 0.001}
 # By Fawaz et al.: mean and standard deviation over ten runs.
 REPORTED = {"MLP": (0.976, 0.002), "ResNet": (0.992, 0.003), "FCN": (0.993, 0.002)}
