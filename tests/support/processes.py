@@ -37,6 +37,7 @@ def started(commands, **environment):
         for program in programs:
             program.kill()
             program.wait()
+            program.stdout.close()
 
 
 def ended(programs):
