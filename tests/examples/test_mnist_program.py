@@ -18,16 +18,13 @@ from mnist_options import Config, with_preset
 from progress import StopRequest
 from tests.support import mnist_runs
 from tests.support.mnist_runs import EXAMPLES, metrics, saved_state
+from tests.support.processes import arguments
 
 pytestmark = pytest.mark.training
 # pytest finds a fixture by its name in the file of the test.
 compile_once, data_dir, options = mnist_runs.compile_once, mnist_runs.data_dir, mnist_runs.options
 
 SECONDS = 300  # it takes a few; a hang must not hold up the other tests for ever
-
-
-def arguments(options):
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
 def test_the_program_ends_with_its_accuracy_or_one_line(options, tmp_path, monkeypatch, capsys):

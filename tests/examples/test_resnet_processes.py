@@ -13,7 +13,7 @@ pytest.importorskip("safetensors")
 import resnet.train
 from resnet.options import Config
 from tests.support import resnet_runs
-from tests.support.processes import SECONDS, ended, free_port, started
+from tests.support.processes import SECONDS, arguments, ended, free_port, started
 
 pytestmark = pytest.mark.training
 # pytest finds a fixture by its name in the file of the test.
@@ -24,9 +24,8 @@ def test_two_processes_train_as_one_and_a_signal_to_one_stops_both(options):
     """The signal goes to the process that writes nothing; the other saves for both."""
     options |= {"epochs": 10_000, "warmup_epochs": 1e4, "checkpoint_every": 1}  # more than they could take
     address, folder = f"localhost:{free_port()}", options["output"] / "checkpoints"
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    arguments += [f"--coordinator={address}", "--num-processes=2"]
-    commands = [[resnet.train.__file__, *arguments, f"--process-id={index}"] for index in range(2)]
+    options_of_both = arguments(options | {"coordinator": address, "num_processes": 2})
+    commands = [[resnet.train.__file__, *options_of_both, f"--process-id={index}"] for index in range(2)]
     with started(commands) as programs:
         deadline = time.monotonic() + SECONDS
         while not (folder / "3").exists() and programs[0].poll() is None and time.monotonic() < deadline:

@@ -15,6 +15,11 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def arguments(options):
+    """Of a command line, from options by their names in Python."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
 @contextlib.contextmanager
 def started(commands, **environment):
     """Python programs, each a list of arguments, on a CPU of one device unless they ask for more."""
