@@ -76,14 +76,13 @@ def train_in_parts(
       The next call takes the state's memory, so what is of interest has to be computed before.
     """
     train_steps = jax.jit(make_train_steps(net, optax.sgd), donate_argnums=0)
-    state = initial_state(net, optax.sgd(rate), seed, data.images[:1])
+    state, key = initial_state(net, optax.sgd(rate), seed, data.images[:1]), jax.random.key(seed)
     for first in range(0, len(rows), size):
-        key = jax.random.fold_in(jax.random.key(seed), first)
-        yield first, state, key
-        some = rows[first : first + size]
-        state = train_steps(state, data[:1], data.labels, some, rate, key)
+        some, drawn = rows[first : first + size], jax.random.fold_in(key, first)
+        yield first, state, drawn
+        state = train_steps(state, data[:1], data.labels, some, rate, drawn)
         bar.update(some.size)
-    yield len(rows), state, jax.random.fold_in(jax.random.key(seed), len(rows))
+    yield len(rows), state, jax.random.fold_in(key, len(rows))
 
 
 def make_accuracy(model: nn.Module) -> Callable[[State, Inputs, jax.Array], jax.Array]:
